@@ -1,0 +1,59 @@
+"""Builds the native library: plain C++ behind a C interface, so one wheel serves every torch and Python.
+
+Each source in SIMD_SOURCES is compiled once per instruction set and the library picks at run time.
+"""
+
+import platform
+import sys
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+ISAS = {"v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"], "v3": ["-march=x86-64-v3"]} if X86 else {}
+SIMD_SOURCES = ["csrc/kernels.cpp"]
+FLAGS = ["-std=c++17", "-O3", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=off", "-Wall"]
+
+
+class BuildNative(build_ext):
+    """Compile per instruction set; without a compiler the package installs all the same (optional)."""
+
+    def get_ext_filename(self, fullname):
+        return fullname.replace(".", "/") + ".so"
+
+    def build_extension(self, ext):
+        objects = self._compile(ext.sources, "main", [f"-DSNELL_HAVE_{isa.upper()}" for isa in ISAS])
+        for isa, flags in {"base": [], **ISAS}.items():
+            objects += self._compile(SIMD_SOURCES, isa, [*flags, f"-DSNELL_ISA={isa}"])
+        self.compiler.link_shared_object(
+            objects, self.get_ext_fullpath(ext.name), extra_postargs=["-fopenmp"], target_lang="c++"
+        )
+
+    def _compile(self, sources, folder, flags):
+        return self.compiler.compile(
+            sources, output_dir=f"{self.build_temp}/{folder}", extra_postargs=FLAGS + flags, depends=DEPENDS
+        )
+
+
+class PlatformWheel(bdist_wheel):
+    """The library is loaded with ctypes: any Python 3, no ABI, this platform."""
+
+    def finalize_options(self):
+        super().finalize_options()
+        self.root_is_pure = False
+
+    def get_tag(self):
+        return "py3", "none", super().get_tag()[2]
+
+
+DEPENDS = ["csrc/kappa.h", "csrc/simd.h", "csrc/tiles.h", "csrc/merge.h", "csrc/select.h", "csrc/factor_grad.h", "csrc/api.h"]
+
+setup(
+    packages=["snell", "snell.backends", "snell.kernels"],
+    package_dir={"snell.kernels": "kernels"},
+    ext_modules=[Extension("snell._native", ["csrc/library.cpp"], depends=DEPENDS, language="c++", optional=True)]
+    if sys.platform != "win32"
+    else [],
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},
+)

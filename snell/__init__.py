@@ -1,0 +1,10 @@
+"""Sparse low-rank fine-tuning at LoRA's cost: SNELL's kernelised, competing updates."""
+
+from importlib.metadata import version
+
+from snell import backends, functional, reference
+from snell.linear import SnellLinear
+
+__version__ = version("snell")
+
+__all__ = ["SnellLinear", "backends", "functional", "reference"]

@@ -1,0 +1,214 @@
+"""The operations as functions: arguments checked once, here, then dispatched to the device's backend."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from snell import ops as _ops  # noqa: F401  (defines torch.ops.snell)
+from snell.spec import Spec
+
+__all__ = ["merge", "select_threshold", "snell_linear"]
+
+_FACTOR_DTYPES = (torch.float32, torch.float64)
+_WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _require_tensor(name: str, value: object, ndim: int | None, dtypes: tuple[torch.dtype, ...]) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor; got {type(value).__name__}")
+    if value.dtype not in dtypes:
+        names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise TypeError(f"{name} must have dtype {names}; got {value.dtype}: convert it with .to()")
+    if ndim is not None and value.dim() != ndim:
+        raise ValueError(f"{name} must have {ndim} dimension(s); got shape {tuple(value.shape)}")
+
+
+def _check_factors(A: Tensor, B: Tensor, theta: Tensor, sparsity: float, kernel: str, groups: int, gate: str) -> Spec:
+    _require_tensor("A", A, 2, _FACTOR_DTYPES)
+    for name, tensor, ndim in (("B", B, 2), ("theta", theta, 1)):
+        _require_tensor(name, tensor, ndim, _FACTOR_DTYPES)
+        if tensor.dtype != A.dtype:
+            raise TypeError(f"{name} must have A's dtype, {A.dtype}; got {tensor.dtype}")
+        if tensor.device != A.device:
+            raise ValueError(f"{name} must be on A's device, {A.device}; got {tensor.device}")
+    for name, tensor in (("A", A), ("B", B)):
+        if not tensor.numel():
+            raise ValueError(f"{name} must not be empty; got shape {tuple(tensor.shape)}")
+    if A.shape[1] != B.shape[1]:
+        raise ValueError(
+            f"A [in_features, rank] and B [out_features, rank] must share their rank; got {tuple(A.shape)} and "
+            f"{tuple(B.shape)}"
+        )
+    spec = Spec(A.shape[1], sparsity, kernel, groups, gate)
+    if theta.shape[0] != spec.num_theta:
+        raise ValueError(
+            f"theta must hold {spec.num_theta} value(s) for kernel {kernel!r} with groups={groups}; "
+            f"got {theta.shape[0]}"
+        )
+    return spec
+
+
+def _check_tau(tau: Tensor, A: Tensor) -> None:
+    _require_tensor("tau", tau, 0, (A.dtype,))
+    if tau.device != A.device:
+        raise ValueError(f"tau must be on A's device, {A.device}; got {tau.device}")
+
+
+def _check_weight(weight: Tensor, A: Tensor, B: Tensor) -> None:
+    _require_tensor("weight", weight, 2, _WEIGHT_DTYPES)
+    expected = (B.shape[0], A.shape[0])
+    if tuple(weight.shape) != expected:
+        swapped = " (A and B look swapped)" if tuple(weight.shape) == expected[::-1] else ""
+        raise ValueError(
+            f"weight must be [out_features, in_features] = {list(expected)}, as B and A say; "
+            f"got {list(weight.shape)}{swapped}"
+        )
+    if weight.device != A.device:
+        raise ValueError(f"weight must be on A's device, {A.device}; got {weight.device}")
+
+
+def _check_finite(name: str, tensor: Tensor) -> None:
+    # On an accelerator the answer would cost a synchronisation; there NaN in is NaN out.
+    if tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not tensor.isfinite().all():
+        raise ValueError(f"{name} contains NaN or infinite values; no threshold can be selected")
+
+
+def select_threshold(A: Tensor, B: Tensor, theta: Tensor, *, sparsity: float, kernel: str, groups: int) -> Tensor:
+    """tau, the ceil(s*m*n)-th smallest \\|K_ij\\|, exact over the whole matrix, which is never built.
+
+    Args:
+        A: ``[n, r]`` float32 or float64.
+        B: ``[m, r]`` of A's dtype and device.
+        theta: ``[t]`` of A's dtype: the kernel function's scalar parameters.
+        sparsity: share of the entries that lose, in [0, 1); at 0 tau is 0 and nothing competes.
+        kernel: ``piecewise_linear``, ``linear``, ``sigmoid`` or ``rbf``.
+        groups: contiguous groups the rank axis splits into.
+
+    Returns:
+        A 0-dim tensor of A's dtype on A's device, without gradient. The same factors are selected
+        among once; NaN and infinity in the factors give a tau of NaN on an accelerator.
+
+    Raises:
+        ValueError: shapes, devices or settings that do not fit; NaN or infinite factors on a CPU.
+        TypeError: a dtype that is not supported.
+
+    Source: arXiv 2411.01800, equation 5.
+    """
+    spec = _check_factors(A, B, theta, sparsity, kernel, groups, "soft")
+    for name, tensor in (("A", A), ("B", B), ("theta", theta)):
+        _check_finite(name, tensor)
+    return threshold(A.contiguous(), B.contiguous(), theta.contiguous(), spec)
+
+
+def threshold(A: Tensor, B: Tensor, theta: Tensor, spec: Spec) -> Tensor:
+    """:func:`select_threshold` of factors that are known to fit: what a layer calls each step."""
+    with torch.no_grad():
+        if spec.sparsity == 0.0:
+            return A.new_zeros(())
+        return torch.ops.snell.select_threshold.default(A, B, theta, spec.sparsity, spec.kernel, spec.groups)
+
+
+def merge(
+    A: Tensor,
+    B: Tensor,
+    theta: Tensor,
+    tau: Tensor,
+    *,
+    weight: Tensor | None = None,
+    kernel: str,
+    groups: int,
+    gate: str,
+) -> Tensor:
+    """``dW = K * gate(|K|)`` as a dense [m, n] matrix, or ``weight + dW``.
+
+    Args:
+        A, B, theta, kernel, groups: as in :func:`select_threshold`.
+        tau: 0-dim tensor of A's dtype, from :func:`select_threshold`.
+        weight: ``[m, n]`` float64, float32, bfloat16 or float16; entries that lose keep its bits.
+        gate: ``soft``, ``magnitude``, ``hard``, or ``none`` (what a sparsity of 0 means).
+
+    Returns:
+        ``[m, n]`` in the weight's dtype, or A's where there is no weight. Differentiable once in A, B,
+        theta and weight, the gate and tau counting as constants.
+
+    Raises:
+        ValueError, TypeError: as :func:`select_threshold`.
+    """
+    _check_factors(A, B, theta, 0.0, kernel, groups, gate)
+    _check_tau(tau, A)
+    if weight is not None:
+        _check_weight(weight, A, B)
+    return torch.ops.snell.merge.default(
+        A.contiguous(), B.contiguous(), theta.contiguous(), tau, weight, kernel, groups, gate
+    )
+
+
+def snell_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    theta: Tensor,
+    *,
+    sparsity: float,
+    kernel: str,
+    groups: int,
+    gate: str,
+    tau: Tensor | None = None,
+) -> Tensor:
+    """``y = x (W0 + dW)^T + bias``, dW rebuilt block by block and never kept.
+
+    Args:
+        x: ``[..., n]`` float64, float32, bfloat16 or float16; any batch shape, zero tokens too.
+        weight: ``[m, n]`` in x's dtype (any of those dtypes under autocast).
+        bias: ``[m]`` in the weight's dtype, or None.
+        A, B, theta, sparsity, kernel, groups: as in :func:`select_threshold`.
+        gate: ``soft``, ``magnitude`` or ``hard``.
+        tau: the threshold where the caller has it already; selected here otherwise.
+
+    Returns:
+        ``[..., m]`` in x's dtype (autocast's, where it is on). Differentiable once in x, weight, bias,
+        A, B and theta; the gate and tau count as constants. Saved for backward: x, the factors, tau and a
+        reference to the weight.
+
+    Raises:
+        ValueError, TypeError: as :func:`select_threshold`.
+    """
+    spec = _check_factors(A, B, theta, sparsity, kernel, groups, gate)
+    _check_weight(weight, A, B)
+    _require_tensor("x", x, None, _WEIGHT_DTYPES)
+    if bias is not None:
+        _require_tensor("bias", bias, 1, _WEIGHT_DTYPES)
+        if bias.shape[0] != B.shape[0]:
+            raise ValueError(f"bias must have out_features = {B.shape[0]} entries; got {bias.shape[0]}")
+        if bias.device != weight.device:
+            raise ValueError(f"bias must be on weight's device, {weight.device}; got {bias.device}")
+    A, B, theta = A.contiguous(), B.contiguous(), theta.contiguous()
+    if tau is None:
+        for name, tensor in (("A", A), ("B", B), ("theta", theta)):
+            _check_finite(name, tensor)
+        tau = threshold(A, B, theta, spec)
+    else:
+        _check_tau(tau, A)
+    return linear(x, weight, bias, A, B, theta, tau, spec)
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, theta: Tensor, tau: Tensor, spec: Spec
+) -> Tensor:
+    """:func:`snell_linear` of parameters that are known to fit: what a layer calls. Checks x alone."""
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type):
+        if x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(device_type))
+    elif x.dtype != weight.dtype:
+        raise TypeError(f"x must have weight's dtype, {weight.dtype}, outside autocast; got {x.dtype}")
+    if not x.dim() or x.shape[-1] != A.shape[0]:
+        raise ValueError(f"x must be [..., in_features={A.shape[0]}]; got shape {tuple(x.shape)}")
+    if x.device != weight.device:
+        raise ValueError(f"x must be on weight's device, {weight.device}; got {x.device}")
+    return torch.ops.snell.linear.default(
+        x, weight, bias, A, B, theta, tau, spec.kernel, spec.groups, spec.effective_gate
+    )

@@ -1,0 +1,253 @@
+"""``SnellLinear``: an ``nn.Linear`` with a frozen weight and a trainable sparse low-rank update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from snell import functional
+from snell.schedule import block_length
+from snell.spec import KERNEL_FUNCTIONS, Spec
+
+__all__ = ["SnellLinear"]
+
+
+class _Merged(NamedTuple):
+    """What takes a merged update out again: the update as merged, and the weights it replaced."""
+
+    A: Tensor
+    B: Tensor
+    theta: Tensor
+    tau: Tensor
+    replaced: list[Tensor]
+
+
+class SnellLinear(nn.Module):
+    """Drop-in for :class:`torch.nn.Linear`: ``y = x (W0 + dW)^T + bias``, W0 and bias frozen.
+
+    ``dW = K * gate(|K|)`` with ``K_ij = kappa(B_i, A_j)``; the ``sparsity`` share of entries with the
+    smallest \\|K\\| is zero. dW is rebuilt block by block in every pass and never kept.
+
+    Args:
+        in_features, out_features: n and m.
+        bias: whether the layer has a (frozen) bias.
+        rank: columns r of the factors; a multiple of ``groups``.
+        sparsity: share of the entries of dW that are zero, in [0, 1); at 0 dW = K.
+        kernel: kernel function: ``piecewise_linear``, ``linear``, ``sigmoid`` or ``rbf``.
+        groups: groups P that the rank axis splits into (the paper uses 2).
+        gate: ``soft`` (the paper's), ``magnitude`` (the published code's) or ``hard`` (top-k).
+        scale: size of the kernel function's scalar parameters at the start.
+        train_theta: whether those are trained; by default as the kernel function says.
+        device, dtype: of weight and bias. The factors are float32, or float64 where dtype is.
+
+    Attributes:
+        weight: ``[m, n]`` frozen.  bias: ``[m]`` frozen, or None.
+        snell_A: ``[n, r]``.  snell_B: ``[m, r]``.  snell_theta: ``[t]``, empty for ``linear``.
+
+    Raises:
+        ValueError, TypeError: settings that do not fit, naming the argument.
+
+    Source: arXiv 2411.01800.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        rank: int = 32,
+        sparsity: float = 0.9,
+        kernel: str = "piecewise_linear",
+        groups: int = 2,
+        gate: str = "soft",
+        scale: float = 0.1,
+        train_theta: bool | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        for name, size in (("in_features", in_features), ("out_features", out_features)):
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name} must be an int of at least 1; got {size!r}")
+        base = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
+        self._build(base.weight, base.bias, Spec(rank, sparsity, kernel, groups, gate), scale, train_theta)
+
+    def _build(
+        self, weight: nn.Parameter, bias: nn.Parameter | None, spec: Spec, scale: float, train_theta: bool | None
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.spec, self.scale = spec, scale
+        self.weight = weight.requires_grad_(False)
+        self.register_parameter("bias", None if bias is None else bias.requires_grad_(False))
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        options: dict[str, Any] = {"device": weight.device, "dtype": dtype}
+        if train_theta is None:
+            train_theta = KERNEL_FUNCTIONS[spec.kernel].trains_theta
+        theta = spec.initial_theta(scale)
+        self.snell_A = nn.Parameter(torch.empty(self.in_features, spec.rank, **options))
+        self.snell_B = nn.Parameter(torch.empty(self.out_features, spec.rank, **options))
+        self.snell_theta = nn.Parameter(torch.empty(len(theta), **options), requires_grad=train_theta)
+        self._merged: _Merged | None = None
+        self.reset_update()
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        *,
+        rank: int = 32,
+        sparsity: float = 0.9,
+        kernel: str = "piecewise_linear",
+        groups: int = 2,
+        gate: str = "soft",
+        scale: float = 0.1,
+        train_theta: bool | None = None,
+    ) -> SnellLinear:
+        """A layer around ``linear``'s own weight and bias, which it shares and freezes.
+
+        Raises:
+            TypeError: ``linear`` is no nn.Linear, or its weight is no float matrix (quantised).
+        """
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear must be a torch.nn.Linear; got {type(linear).__name__}")
+        if not isinstance(linear.weight, nn.Parameter) or not linear.weight.is_floating_point():
+            raise TypeError(f"linear must hold a floating-point weight; got {linear.weight.dtype}")
+        layer = cls.__new__(cls)
+        layer._build(linear.weight, linear.bias, Spec(rank, sparsity, kernel, groups, gate), scale, train_theta)
+        return layer.train(linear.training)
+
+    @torch.no_grad()
+    def reset_update(self) -> None:
+        """Draw the factors anew, as published: uniform in +-1/sqrt(n*r/P) and +-1/sqrt(m*r/P)."""
+        for factor in (self.snell_A, self.snell_B):
+            nn.init.uniform_(factor, -1, 1).div_(math.sqrt(factor.numel() / self.spec.groups))
+        self.snell_theta.copy_(torch.tensor(self.spec.initial_theta(self.scale)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., n] -> [..., m]``."""
+        if self._merged is not None:
+            return nn.functional.linear(x, self.weight, self.bias)
+        return functional.linear(
+            x, self.weight, self.bias, self.snell_A, self.snell_B, self.snell_theta, self.threshold(), self.spec
+        )
+
+    def threshold(self) -> Tensor:
+        """tau: what an entry's \\|K\\| must exceed to survive. 0-dim, of the factors' dtype and device."""
+        return functional.threshold(self.snell_A, self.snell_B, self.snell_theta, self.spec)
+
+    def delta_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Dense dW ``[m, n]``, for inspection; differentiable. In the factors' dtype unless ``dtype`` is given."""
+        delta = self._merge_rows(self._update(), 0, self.out_features)
+        return delta if dtype is None else delta.to(dtype)
+
+    @torch.no_grad()
+    def num_survivors(self) -> int:
+        """How many entries of dW are not zero, counted block by block from what merge writes."""
+        update = self._update()
+        return sum(int(self._merge_rows(update, *rows).count_nonzero()) for rows in self._row_blocks())
+
+    @property
+    def merged(self) -> bool:
+        """Whether ``weight`` holds W0 + dW at present."""
+        return self._merged is not None
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Add dW into ``weight`` in place; the layer then costs what an nn.Linear does.
+
+        Until :meth:`unmerge` the layer keeps a copy of the factors and the base weights that survivors
+        replaced: (1 - s) * m * n numbers.
+        """
+        if self._merged is not None:
+            return
+        update, replaced = tuple(t.clone() for t in self._update()), []
+        for rows in self._row_blocks():
+            base = self.weight[slice(*rows)]
+            replaced.append(base[self._merge_rows(update, *rows) != 0])
+            base.copy_(self._merge_rows(update, *rows, base))
+        self._merged = _Merged(*update, replaced)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put the base weight back, bit for bit."""
+        if self._merged is not None:
+            self.weight.copy_(self._base_weight())
+            self._merged = None
+
+    def to_linear(self) -> nn.Linear:
+        """An ordinary nn.Linear with weight W0 + dW (a copy) and the bias."""
+        options: dict[str, Any] = {"device": "meta", "dtype": self.weight.dtype}
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, **options)
+        with torch.no_grad():
+            update = self._update()
+            weight = self.weight.clone() if self.merged else self._merge_rows(update, 0, self.out_features, self.weight)
+            linear.weight = nn.Parameter(weight, requires_grad=False)
+            if self.bias is not None:
+                linear.bias = nn.Parameter(self.bias.clone(), requires_grad=False)
+        return linear.train(self.training)
+
+    def extra_repr(self) -> str:
+        spec = self.spec
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"rank={spec.rank}, sparsity={spec.sparsity}, kernel={spec.kernel!r}, groups={spec.groups}, "
+            f"gate={spec.gate!r}{', merged' if self.merged else ''}"
+        )
+
+    def _update(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.snell_A, self.snell_B, self.snell_theta, self.threshold()
+
+    def _row_blocks(self) -> list[tuple[int, int]]:
+        rows = block_length(self.in_features * self.snell_A.element_size(), self.out_features)
+        return [(start, min(start + rows, self.out_features)) for start in range(0, self.out_features, rows)]
+
+    def _merge_rows(
+        self, update: tuple[Tensor, ...], start: int, stop: int, weight: Tensor | None = None
+    ) -> Tensor:
+        A, B, theta, tau = update[:4]
+        spec = self.spec
+        return functional.merge(
+            A, B[start:stop], theta, tau, weight=weight, kernel=spec.kernel, groups=spec.groups, gate=spec.effective_gate
+        )
+
+    @torch.no_grad()
+    def _base_weight(self) -> Tensor:
+        """W0, also while ``weight`` holds W0 + dW; survivors are found again from the update as merged."""
+        if self._merged is None:
+            return self.weight
+        base = self.weight.detach().clone()
+        for rows, replaced in zip(self._row_blocks(), self._merged.replaced, strict=True):
+            base[slice(*rows)][self._merge_rows(self._merged[:4], *rows) != 0] = replaced
+        return base
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        # A state dict always holds W0: with W0 + dW in it, loading would add the update twice.
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.merged:
+            destination[prefix + "weight"] = self._base_weight()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.unmerge()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SnellLinear:
+        # Another device or dtype may decide survivors by other bits, so a merged update comes out first.
+        merged = self.merged
+        self.unmerge()
+        super()._apply(lambda t: self._keep_precision(t, fn(t)), recurse)
+        if merged:
+            self.merge()
+        return self
+
+    def _keep_precision(self, before: Tensor, after: Tensor) -> Tensor:
+        """A half-precision model keeps the factors in full: only their device follows ``.to(dtype)``."""
+        update = (self.snell_A, self.snell_B, self.snell_theta)
+        is_factor = any(before is t or before is t.grad for t in update)
+        if is_factor and after.dtype in (torch.bfloat16, torch.float16):
+            return before.to(after.device)
+        return after

@@ -1,0 +1,128 @@
+"""The operations: one schema, fake and gradient each; backends register what runs them.
+
+``snell.reference`` is the definition of each. Shapes: factors ``A [n, r]``, ``B [m, r]``, scalar
+parameters ``theta [t]`` and threshold ``tau []`` in float32 or float64; ``x [..., n]``, ``weight
+[m, n]``, ``bias [m]``, ``y [..., m]`` in one dtype of float64, float32, bfloat16, float16, or weight
+and bias in another float dtype than x. Arguments are checked above, in :mod:`snell.functional`.
+
+A rectangular block of the update is the update of the sliced factors, so the block operations need no
+offsets: rows r0:r1 and columns c0:c1 of dW are what ``A[c0:c1]`` and ``B[r0:r1]`` merge into.
+
+===================  ==============================================================================
+select_threshold     tau, exact, of the whole matrix
+merge_out            write dW (or weight + dW) of a block into ``out``, in its dtype; strided rows are fine
+factor_grad          add a block's share of dA, dB and dtheta, given its G = dY^T X; in the same pass,
+                     write weight + dW into ``merged`` (which may be G itself)
+merge                dW or weight + dW, whole, differentiable
+linear               y = x (W0 + dW)^T + bias, differentiable, nothing of size m*n kept
+linear_backward      its gradients; those not asked for come back as empty tensors
+===================  ==============================================================================
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from snell import schedule
+
+LIBRARY = torch.library.Library("snell", "DEF")
+
+_UPDATE = "str kernel, int groups, str gate"
+_FACTORS = "Tensor A, Tensor B, Tensor theta, Tensor tau"
+
+for _schema in (
+    "select_threshold(Tensor A, Tensor B, Tensor theta, float sparsity, str kernel, int groups) -> Tensor",
+    f"merge_out({_FACTORS}, Tensor? weight, Tensor(a!) out, {_UPDATE}) -> ()",
+    f"factor_grad(Tensor G, {_FACTORS}, Tensor? weight, Tensor(a!)? merged, Tensor(b!) grad_A, Tensor(c!) grad_B,"
+    f" Tensor(d!) grad_theta, {_UPDATE}) -> ()",
+    f"merge({_FACTORS}, Tensor? weight, {_UPDATE}) -> Tensor",
+    f"linear(Tensor x, Tensor weight, Tensor? bias, {_FACTORS}, {_UPDATE}) -> Tensor",
+    f"linear_backward(Tensor grad_y, Tensor? x, Tensor weight, {_FACTORS}, {_UPDATE}, bool need_x, bool need_weight,"
+    " bool need_bias, bool need_factors) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+):
+    LIBRARY.define(_schema)
+
+LIBRARY.impl("linear", schedule.linear_forward, "CompositeExplicitAutograd")
+LIBRARY.impl("linear_backward", schedule.linear_backward, "CompositeExplicitAutograd")
+LIBRARY.impl("merge", schedule.merge, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("snell::select_threshold")
+def _(A, B, theta, sparsity, kernel, groups):
+    return A.new_empty(())
+
+
+@torch.library.register_fake("snell::merge_out")
+def _(A, B, theta, tau, weight, out, kernel, groups, gate):
+    return None
+
+
+@torch.library.register_fake("snell::factor_grad")
+def _(G, A, B, theta, tau, weight, merged, grad_A, grad_B, grad_theta, kernel, groups, gate):
+    return None
+
+
+@torch.library.register_fake("snell::merge")
+def _(A, B, theta, tau, weight, kernel, groups, gate):
+    return (A if weight is None else weight).new_empty(B.shape[0], A.shape[0])
+
+
+@torch.library.register_fake("snell::linear")
+def _(x, weight, bias, A, B, theta, tau, kernel, groups, gate):
+    return x.new_empty(*x.shape[:-1], B.shape[0])
+
+
+@torch.library.register_fake("snell::linear_backward")
+def _(grad_y, x, weight, A, B, theta, tau, kernel, groups, gate, need_x, need_weight, need_bias, need_factors):
+    return (
+        grad_y.new_empty((*grad_y.shape[:-1], A.shape[0]) if need_x else (0,)),
+        torch.empty_like(weight if need_weight else weight[:0]),
+        weight.new_empty(B.shape[0] if need_bias else 0),
+        *(torch.empty_like(t if need_factors else t[:0]) for t in (A, B, theta)),
+    )
+
+
+def _merge_setup(ctx, inputs, output):
+    A, B, theta, tau, weight, ctx.kernel, ctx.groups, ctx.gate = inputs
+    ctx.save_for_backward(A, B, theta, tau)
+    ctx.weight_dtype = None if weight is None else weight.dtype
+
+
+def _merge_backward(ctx, G):
+    A, B, theta, tau = ctx.saved_tensors
+    grads: tuple[Tensor | None, ...] = (None, None, None)
+    if any(ctx.needs_input_grad[:3]):
+        grads = schedule.factor_gradients(G, A, B, theta, tau, ctx.kernel, ctx.groups, ctx.gate)
+    grad_weight = G.to(ctx.weight_dtype) if ctx.needs_input_grad[4] else None
+    return *grads, None, grad_weight, None, None, None
+
+
+torch.library.register_autograd("snell::merge", _merge_backward, setup_context=_merge_setup)
+
+
+def _linear_setup(ctx, inputs, output):
+    x, weight, _, A, B, theta, tau, ctx.kernel, ctx.groups, ctx.gate = inputs
+    # x serves the gradients of the factors and the weight alone: a layer that trains neither keeps no activation.
+    ctx.save_for_backward(x if any(ctx.needs_input_grad[i] for i in (1, 3, 4, 5)) else None, weight, A, B, theta, tau)
+
+
+def _linear_backward(ctx, grad_y):
+    x, weight, A, B, theta, tau = ctx.saved_tensors
+    need_x, need_weight, need_bias, *need_factors = ctx.needs_input_grad[:6]
+    needs = (need_x, need_weight, need_bias, any(need_factors))
+    grads = torch.ops.snell.linear_backward.default(
+        grad_y, x, weight, A, B, theta, tau, ctx.kernel, ctx.groups, ctx.gate, *needs
+    )
+    wanted = (need_x, need_weight, need_bias, *need_factors)
+    return *(g if need else None for g, need in zip(grads, wanted, strict=True)), None, None, None, None
+
+
+torch.library.register_autograd("snell::linear", _linear_backward, setup_context=_linear_setup)
+
+
+def _no_second_order(ctx, *grads):
+    raise RuntimeError("snell.linear is differentiable once: its gate and threshold count as constants in backward")
+
+
+torch.library.register_autograd("snell::linear_backward", _no_second_order)

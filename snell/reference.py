@@ -1,0 +1,100 @@
+"""The definition: every kernel function, gate and gradient in dense, plain PyTorch.
+
+Everything else in the package is tested against this page, in float64. It materialises K and is slow;
+autograd through it gives the defining gradients, because the gate and tau are detached.
+
+Shapes: ``A [n, r]``, ``B [m, r]``, ``theta [t]``, ``tau []``, ``weight [m, n]``, ``bias [m]``, ``x [..., n]``.
+Source: SNELL, arXiv 2411.01800, equations 3 to 5.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from snell.spec import Spec
+
+__all__ = ["gate_values", "kernel_matrix", "merge", "select_threshold", "snell_linear"]
+
+
+def _distance(B: Tensor, A: Tensor) -> Tensor:
+    # Differences, not |b|^2 + |a|^2 - 2 b.a, which cancels where b is near a. The gradient at 0 is 0.
+    return torch.cdist(B, A, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def _dot(B: Tensor, A: Tensor) -> Tensor:
+    # Not B @ A.T, whose order of summation may change with the shape: a block's K has the bits of the whole's.
+    return (B.unsqueeze(1) * A).sum(-1)
+
+
+def kernel_matrix(A: Tensor, B: Tensor, theta: Tensor, *, kernel: str, groups: int) -> Tensor:
+    """``K_ij = kappa(B_i, A_j)`` of shape [m, n], differentiable in A, B and theta."""
+    if A.dtype in (torch.float16, torch.bfloat16):
+        A, B, theta = A.float(), B.float(), theta.float()
+    if kernel == "piecewise_linear":
+        pairs = zip(B.chunk(groups, dim=1), A.chunk(groups, dim=1), strict=True)
+        return sum(alpha * _distance(b, a) for alpha, (b, a) in zip(theta, pairs, strict=True))
+    if kernel == "linear":
+        return _dot(B, A)
+    alpha, beta, gamma = theta
+    if kernel == "sigmoid":
+        return alpha * torch.sigmoid(beta * _dot(B, A)) + gamma
+    if kernel == "rbf":
+        return alpha * torch.exp(-beta * _distance(B, A).square()) + gamma
+    raise ValueError(f"kernel is unknown: {kernel!r}")
+
+
+def gate_values(K: Tensor, tau: Tensor, *, gate: str) -> Tensor:
+    """The factor each entry of K is multiplied by; 0 for losers, NaN for NaN. Constant for autograd."""
+    a = K.detach().abs()
+    if gate == "none":
+        return torch.ones_like(a)
+    if gate == "soft":
+        return (a - tau).clamp(min=0)
+    value = a if gate == "magnitude" else torch.where(a.isnan(), a, torch.ones_like(a))
+    return torch.where(a <= tau, torch.zeros_like(a), value)
+
+
+def select_threshold(A: Tensor, B: Tensor, theta: Tensor, *, sparsity: float, kernel: str, groups: int) -> Tensor:
+    """tau, the ceil(s*m*n)-th smallest \\|K\\|; 0 where sparsity is 0."""
+    with torch.no_grad():
+        magnitudes = kernel_matrix(A, B, theta, kernel=kernel, groups=groups).abs().flatten()
+        k = Spec(A.shape[1], sparsity, kernel, groups).num_zeroed(magnitudes.numel())
+        return magnitudes.kthvalue(k).values if k else magnitudes.new_zeros(())
+
+
+def merge(
+    A: Tensor,
+    B: Tensor,
+    theta: Tensor,
+    tau: Tensor,
+    *,
+    weight: Tensor | None = None,
+    kernel: str,
+    groups: int,
+    gate: str,
+) -> Tensor:
+    """``dW = K * gate(|K|)`` in the factors' dtype, or ``W0 + dW`` in the weight's."""
+    K = kernel_matrix(A, B, theta, kernel=kernel, groups=groups)
+    delta = K * gate_values(K, tau, gate=gate)
+    return delta if weight is None else (weight + delta).to(weight.dtype)
+
+
+def snell_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    theta: Tensor,
+    *,
+    sparsity: float,
+    kernel: str,
+    groups: int,
+    gate: str,
+) -> Tensor:
+    """``y = x (W0 + dW)^T + bias`` of shape [..., m]."""
+    spec = Spec(A.shape[1], sparsity, kernel, groups, gate)
+    tau = select_threshold(A, B, theta, sparsity=sparsity, kernel=kernel, groups=groups)
+    merged = merge(A, B, theta, tau, weight=weight, kernel=kernel, groups=groups, gate=spec.effective_gate)
+    return torch.nn.functional.linear(x, merged, bias)
