@@ -196,19 +196,22 @@ def snell_linear(
 
 
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, theta: Tensor, tau: Tensor, spec: Spec
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, A: Tensor, B: Tensor, theta: Tensor, tau: Tensor, spec: Spec
 ) -> Tensor:
-    """:func:`snell_linear` of parameters that are known to fit: what a layer calls. Checks x alone."""
+    """:func:`snell_linear` of parameters that are known to fit: what a layer calls. Checks x alone.
+
+    Without a weight the result is the update's share, ``x dW^T``, for a base that cannot be added to.
+    """
     device_type = x.device.type
     if torch.is_autocast_enabled(device_type):
         if x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(device_type))
-    elif x.dtype != weight.dtype:
+    elif weight is not None and x.dtype != weight.dtype:
         raise TypeError(f"x must have weight's dtype, {weight.dtype}, outside autocast; got {x.dtype}")
     if not x.dim() or x.shape[-1] != A.shape[0]:
         raise ValueError(f"x must be [..., in_features={A.shape[0]}]; got shape {tuple(x.shape)}")
-    if x.device != weight.device:
-        raise ValueError(f"x must be on weight's device, {weight.device}; got {x.device}")
+    if x.device != A.device:
+        raise ValueError(f"x must be on the factors' device, {A.device}; got {x.device}")
     return torch.ops.snell.linear.default(
         x, weight, bias, A, B, theta, tau, spec.kernel, spec.groups, spec.effective_gate
     )

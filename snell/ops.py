@@ -14,7 +14,8 @@ merge_out            write dW (or weight + dW) of a block into ``out``, in its d
 factor_grad          add a block's share of dA, dB and dtheta, given its G = dY^T X; in the same pass,
                      write weight + dW into ``merged`` (which may be G itself)
 merge                dW or weight + dW, whole, differentiable
-linear               y = x (W0 + dW)^T + bias, differentiable, nothing of size m*n kept
+linear               y = x (W0 + dW)^T + bias, differentiable, nothing of size m*n kept; y = x dW^T where
+                     there is no weight (a base that cannot be added to: quantised, several adapters)
 linear_backward      its gradients; those not asked for come back as empty tensors
 ===================  ==============================================================================
 """
@@ -37,8 +38,8 @@ for _schema in (
     f"factor_grad(Tensor G, {_FACTORS}, Tensor? weight, Tensor(a!)? merged, Tensor(b!) grad_A, Tensor(c!) grad_B,"
     f" Tensor(d!) grad_theta, {_UPDATE}) -> ()",
     f"merge({_FACTORS}, Tensor? weight, {_UPDATE}) -> Tensor",
-    f"linear(Tensor x, Tensor weight, Tensor? bias, {_FACTORS}, {_UPDATE}) -> Tensor",
-    f"linear_backward(Tensor grad_y, Tensor? x, Tensor weight, {_FACTORS}, {_UPDATE}, bool need_x, bool need_weight,"
+    f"linear(Tensor x, Tensor? weight, Tensor? bias, {_FACTORS}, {_UPDATE}) -> Tensor",
+    f"linear_backward(Tensor grad_y, Tensor? x, Tensor? weight, {_FACTORS}, {_UPDATE}, bool need_x, bool need_weight,"
     " bool need_bias, bool need_factors) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 ):
     LIBRARY.define(_schema)
@@ -77,8 +78,8 @@ def _(x, weight, bias, A, B, theta, tau, kernel, groups, gate):
 def _(grad_y, x, weight, A, B, theta, tau, kernel, groups, gate, need_x, need_weight, need_bias, need_factors):
     return (
         grad_y.new_empty((*grad_y.shape[:-1], A.shape[0]) if need_x else (0,)),
-        torch.empty_like(weight if need_weight else weight[:0]),
-        weight.new_empty(B.shape[0] if need_bias else 0),
+        torch.empty_like(weight) if need_weight else grad_y.new_empty(0),
+        (grad_y if weight is None else weight).new_empty(B.shape[0] if need_bias else 0),
         *(torch.empty_like(t if need_factors else t[:0]) for t in (A, B, theta)),
     )
 

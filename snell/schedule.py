@@ -27,9 +27,9 @@ def block_length(bytes_per_line: int, lines: int) -> int:
     return max(length - length % BLOCK_MULTIPLE, min(BLOCK_MULTIPLE, lines), 1)
 
 
-def _block(workspace: Tensor, weight: Tensor, rows: int, cols: int) -> Tensor:
+def _block(workspace: Tensor, weight: Tensor | None, rows: int, cols: int) -> Tensor:
     """A [rows, cols] block at the head of the workspace, laid out as the weight is (Conv1D's is transposed)."""
-    if weight.stride(1) != 1 and weight.stride(0) == 1:
+    if weight is not None and weight.stride(1) != 1 and weight.stride(0) == 1:
         return workspace[: rows * cols].view(cols, rows).t()
     return workspace[: rows * cols].view(rows, cols)
 
@@ -54,7 +54,7 @@ def factor_gradients(
 
 def linear_forward(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     A: Tensor,
     B: Tensor,
@@ -65,7 +65,7 @@ def linear_forward(
     gate: str,
 ) -> Tensor:
     """``snell::linear``."""
-    m, n = weight.shape
+    m, n = B.shape[0], A.shape[0]
     y = x.new_empty(*x.shape[:-1], m)
     if not y.numel():
         return y
@@ -76,9 +76,8 @@ def linear_forward(
     for start in range(0, m, rows):
         stop = min(start + rows, m)
         block = _block(workspace, weight, stop - start, n)
-        torch.ops.snell.merge_out.default(
-            A, B[start:stop], theta, tau, weight[start:stop], block, kernel, groups, gate
-        )
+        W_block = None if weight is None else weight[start:stop]
+        torch.ops.snell.merge_out.default(A, B[start:stop], theta, tau, W_block, block, kernel, groups, gate)
         if bias is None:
             torch.mm(x2, block.t(), out=y2[:, start:stop])
         else:
@@ -89,7 +88,7 @@ def linear_forward(
 def linear_backward(
     grad_y: Tensor,
     x: Tensor | None,
-    weight: Tensor,
+    weight: Tensor | None,
     A: Tensor,
     B: Tensor,
     theta: Tensor,
@@ -103,11 +102,12 @@ def linear_backward(
     need_factors: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``snell::linear_backward``; gradients that are not needed come back empty."""
-    m, n = weight.shape
+    m, n = B.shape[0], A.shape[0]
     dy = grad_y.reshape(-1, m)
     grad_x = dy.new_empty((*grad_y.shape[:-1], n) if need_x else (0,))
-    grad_weight = torch.empty_like(weight if need_weight else weight[:0])
-    grad_bias = dy.sum(0).to(weight.dtype) if need_bias else weight.new_empty(0)
+    grad_weight = torch.empty_like(weight) if need_weight and weight is not None else dy.new_empty(0)
+    bias_dtype = dy.dtype if weight is None else weight.dtype
+    grad_bias = dy.sum(0).to(bias_dtype) if need_bias else dy.new_empty(0, dtype=bias_dtype)
     factor_grads = tuple(torch.zeros_like(t if need_factors else t[:0]) for t in (A, B, theta))
     need_G = need_weight or need_factors
     if need_G or need_x:
@@ -116,7 +116,7 @@ def linear_backward(
         workspace = dy.new_empty(m * cols)
         for start in range(0, n, cols):
             stop = min(start + cols, n)
-            A_block, W_block = A[start:stop], weight[:, start:stop]
+            A_block, W_block = A[start:stop], None if weight is None else weight[:, start:stop]
             block = _block(workspace, weight, m, stop - start)
             if need_G:
                 torch.mm(dy.t(), x2[:, start:stop], out=block)
