@@ -12,8 +12,9 @@ from setuptools.command.build_ext import build_ext
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 ISAS = {"v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"], "v3": ["-march=x86-64-v3"]} if X86 else {}
-SIMD_SOURCES = ["csrc/kernels.cpp"]
+SIMD_SOURCES = ["csrc/merge.cpp", "csrc/select.cpp", "csrc/factor_grad.cpp"]
 FLAGS = ["-std=c++17", "-O3", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=off", "-Wall"]
+FLAGS += ["-Wno-maybe-uninitialized"]  # GCC's own AVX-512 header trips it
 
 
 class BuildNative(build_ext):
@@ -47,7 +48,7 @@ class PlatformWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-DEPENDS = ["csrc/kappa.h", "csrc/simd.h", "csrc/tiles.h", "csrc/merge.h", "csrc/select.h", "csrc/factor_grad.h", "csrc/api.h"]
+DEPENDS = [f"csrc/{name}.h" for name in ("api", "simd", "kappa", "tiles", "merge")]
 
 setup(
     packages=["snell", "snell.backends", "snell.kernels"],

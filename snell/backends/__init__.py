@@ -6,13 +6,15 @@ they can run. The dispatcher picks; :func:`use` overrides it, for comparison and
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
 import torch
 
-from snell.backends import blocked
+from snell import native
+from snell.backends import blocked, cpu
 from snell.ops import LIBRARY
 
 OPERATIONS = ("select_threshold", "merge_out", "factor_grad")
@@ -37,10 +39,15 @@ def use(name: str, device_type: str = "cpu") -> Iterator[None]:
         raise ValueError(f"name must be an available backend, one of {', '.join(AVAILABLE)}; got {name!r}")
     library = torch.library.Library("snell", "IMPL")
     try:
-        _register(library, AVAILABLE[name], device_type.upper(), allow_override=True)
+        with warnings.catch_warnings(action="ignore"):  # overriding is what this is for
+            _register(library, AVAILABLE[name], device_type.upper(), allow_override=True)
         yield
     finally:
         library._destroy()
 
 
 _register(LIBRARY, blocked, "CompositeExplicitAutograd")
+
+if native.available():
+    AVAILABLE["cpu"] = cpu
+    _register(LIBRARY, cpu, "CPU")

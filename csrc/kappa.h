@@ -1,0 +1,106 @@
+// The kernel functions: a pair statistic per group of the rank axis, then a scalar function of the statistics.
+//
+// Everything that decides who survives is computed here and nowhere else, with the same operations in the same
+// order whatever the tile, so that select, merge and factor_grad agree on every bit of K.
+#pragma once
+#include "simd.h"
+
+namespace snell::SNELL_ISA {
+
+// The statistic of a pair is a dot product b . a or a squared distance |b - a|^2. `accumulate` adds one rank column.
+struct Dot {
+  static constexpr bool distance = false;
+  template <class V>
+  static SNELL_INLINE V accumulate(V a, V b, V sum) {
+    return fma(a, b, sum);
+  }
+};
+struct Distance {
+  static constexpr bool distance = true;
+  template <class V>
+  static SNELL_INLINE V accumulate(V a, V b, V sum) {
+    V d = a - b;  // not |a|^2 + |b|^2 - 2 a.b, which cancels where a is near b
+    return fma(d, d, sum);
+  }
+};
+
+// Each kernel function names its statistic and, for vectors of pairs:
+//   add_group(theta, p, statistic, K)      K of the groups up to p; `statistic` becomes what `slope` wants kept
+//   slope(theta, p, kept, H, dtheta)       C = H * dkappa/d(statistic), times 2 for a squared distance, so that
+//                                          dB_i += C (b - a) or C a; dtheta[] += H * dkappa/dtheta
+// theta comes as an array of scalars.
+struct PiecewiseLinear : Distance {
+  static constexpr bool grouped = true;
+  static int num_theta(int groups) { return groups; }
+  template <class T, class V>
+  static SNELL_INLINE V add_group(const T* theta, int p, V& statistic, V K) {
+    statistic = sqrt(statistic);
+    return fma(V{} + theta[p], statistic, K);
+  }
+  template <class T>
+  static SNELL_INLINE Vec<T> slope(const T* theta, int p, Vec<T> norm, Vec<T> H, Vec<T>* dtheta) {
+    dtheta[p] += H * norm;
+    return norm == T(0) ? norm : theta[p] * H / norm;
+  }
+};
+
+struct Linear : Dot {
+  static constexpr bool grouped = false;
+  static int num_theta(int) { return 0; }
+  template <class T, class V>
+  static SNELL_INLINE V add_group(const T*, int, V& statistic, V) {
+    return statistic;
+  }
+  template <class T>
+  static SNELL_INLINE Vec<T> slope(const T*, int, Vec<T>, Vec<T> H, Vec<T>*) {
+    return H;
+  }
+};
+
+struct Sigmoid : Dot {
+  static constexpr bool grouped = false;
+  static int num_theta(int) { return 3; }
+  template <class T, class V>
+  static SNELL_INLINE V add_group(const T* theta, int, V& statistic, V) {
+    return fma(V{} + theta[0], T(1) / (T(1) + exp(-theta[1] * statistic)), V{} + theta[2]);
+  }
+  template <class T>
+  static SNELL_INLINE Vec<T> slope(const T* theta, int, Vec<T> dot, Vec<T> H, Vec<T>* dtheta) {
+    Vec<T> unit = T(1) / (T(1) + exp(-theta[1] * dot));
+    Vec<T> inner = theta[0] * H * unit * (T(1) - unit);
+    dtheta[0] += H * unit;
+    dtheta[1] += inner * dot;
+    dtheta[2] += H;
+    return theta[1] * inner;
+  }
+};
+
+struct Rbf : Distance {
+  static constexpr bool grouped = false;
+  static int num_theta(int) { return 3; }
+  template <class T, class V>
+  static SNELL_INLINE V add_group(const T* theta, int, V& statistic, V) {
+    return fma(V{} + theta[0], exp(-theta[1] * statistic), V{} + theta[2]);
+  }
+  template <class T>
+  static SNELL_INLINE Vec<T> slope(const T* theta, int, Vec<T> square, Vec<T> H, Vec<T>* dtheta) {
+    Vec<T> unit = exp(-theta[1] * square);
+    Vec<T> inner = -theta[0] * H * unit;
+    dtheta[0] += H * unit;
+    dtheta[1] += inner * square;
+    dtheta[2] += H;
+    return T(2) * theta[1] * inner;
+  }
+};
+
+// gate(|K|) with losers at 0 and NaN kept NaN.
+template <class T>
+SNELL_INLINE Vec<T> gate_of(Vec<T> magnitude, T tau, int gate) {
+  if (gate == SNELL_NONE) return splat(T(1));
+  Vec<T> value = magnitude;
+  if (gate == SNELL_SOFT) value = magnitude - tau;
+  if (gate == SNELL_HARD) value = magnitude == magnitude ? splat(T(1)) : magnitude;
+  return magnitude <= tau ? Vec<T>{} : value;
+}
+
+}  // namespace snell::SNELL_ISA

@@ -1,0 +1,103 @@
+// The C interface: picks the instruction set once, and never lets an exception out.
+#include <cstdlib>
+#include <cstring>
+
+#include "api.h"
+
+#define SNELL_EXPORT extern "C" __attribute__((visibility("default")))
+
+#define SNELL_DECLARE(isa)                                                                                     \
+  namespace snell::isa {                                                                                       \
+  void merge(const SnellUpdate&, const SnellMatrix*, const SnellMatrix*);                                      \
+  void select(const SnellUpdate&, int64_t, void*);                                                             \
+  void factor_grad(const SnellUpdate&, const SnellMatrix*, const SnellMatrix*, const SnellMatrix*, void*,      \
+                   void*, void*);                                                                              \
+  }
+#define SNELL_TABLE(isa) {#isa, snell::isa::merge, snell::isa::select, snell::isa::factor_grad}
+
+SNELL_DECLARE(base)
+#ifdef SNELL_HAVE_V3
+SNELL_DECLARE(v3)
+#endif
+#ifdef SNELL_HAVE_V4
+SNELL_DECLARE(v4)
+#endif
+
+namespace {
+
+struct Table {
+  const char* name;
+  decltype(&snell::base::merge) merge;
+  decltype(&snell::base::select) select;
+  decltype(&snell::base::factor_grad) factor_grad;
+};
+
+// The best set this machine has; SNELL_ISA names a lesser one, so that each can be tested on one machine.
+Table choose() {
+  const char* wanted = std::getenv("SNELL_ISA");
+  auto allowed = [&](const char* name) { return !wanted || !std::strcmp(wanted, name); };
+  (void)allowed;
+#ifdef SNELL_HAVE_V4
+  if (allowed("v4") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd"))
+    return SNELL_TABLE(v4);
+#endif
+#ifdef SNELL_HAVE_V3
+  if (allowed("v3") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c"))
+    return SNELL_TABLE(v3);
+#endif
+  return SNELL_TABLE(base);
+}
+
+const Table table = choose();
+
+template <class Function>
+int guarded(Function function) {
+  try {
+    function();
+    return 0;
+  } catch (...) {
+    return 1;  // memory is all that can run out here
+  }
+}
+
+}  // namespace
+
+SNELL_EXPORT const char* snell_isa() { return table.name; }
+
+SNELL_EXPORT int snell_merge(const SnellUpdate* u, const SnellMatrix* weight, const SnellMatrix* out) {
+  return guarded([&] { table.merge(*u, weight, out); });
+}
+
+SNELL_EXPORT int snell_select(const SnellUpdate* u, int64_t k, void* tau) {
+  return guarded([&] { table.select(*u, k, tau); });
+}
+
+SNELL_EXPORT int snell_factor_grad(const SnellUpdate* u, const SnellMatrix* G, const SnellMatrix* weight,
+                                   const SnellMatrix* merged, void* grad_A, void* grad_B, void* grad_theta) {
+  return guarded([&] { table.factor_grad(*u, G, weight, merged, grad_A, grad_B, grad_theta); });
+}
+
+// 128 bits that change with any bit of the data: four lanes of multiply and rotate, folded into two.
+SNELL_EXPORT void snell_fingerprint(const void* data, int64_t bytes, uint64_t* state) {
+  const unsigned char* p = static_cast<const unsigned char*>(data);
+  uint64_t lanes[4] = {state[0], state[1], ~state[0], ~state[1]};
+  auto absorb = [&](const uint64_t* words) {
+    for (int l = 0; l < 4; ++l) {
+      unsigned __int128 product = (unsigned __int128)(lanes[l] ^ words[l]) * 0x9e3779b97f4a7c15;
+      lanes[l] = (uint64_t(product) ^ uint64_t(product >> 64)) + words[l] + 0xd1b54a32d192ed03;
+    }
+  };
+  uint64_t words[4];
+  for (; bytes >= 32; bytes -= 32, p += 32) {
+    std::memcpy(words, p, 32);
+    absorb(words);
+  }
+  uint64_t tail[4] = {0, 0, 0, uint64_t(bytes) << 56};
+  std::memcpy(tail, p, size_t(bytes));
+  absorb(tail);
+  absorb(lanes);
+  state[0] = lanes[0] ^ (lanes[2] << 29 | lanes[2] >> 35);
+  state[1] = lanes[1] ^ (lanes[3] << 31 | lanes[3] >> 33);
+}

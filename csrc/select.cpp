@@ -1,0 +1,205 @@
+// select: tau = the k-th smallest |K|, exact, without the matrix.
+//
+// A random sample brackets tau to +-4 standard deviations; one pass over K counts what lies below the bracket and
+// gathers what lies inside, where the answer is then picked. Should the bracket miss (about 1 time in 10,000) or
+// hold too much (ties), radix passes over the bits of |K| settle it in bounded memory.
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "tiles.h"
+
+namespace snell::SNELL_ISA {
+namespace {
+
+constexpr int RADIX_BITS = 11;
+constexpr int64_t GATHER_ALL = 1 << 15;        // up to this many entries a sample is not worth its overhead
+constexpr double GATHER_SLACK = 2.0;           // gathered entries over the expected number that still count as luck
+constexpr int64_t GATHER_MIN = 1 << 16;
+
+template <class T>
+struct Bits;
+template <>
+struct Bits<float> {
+  using type = uint32_t;
+  static constexpr int width = 31;
+};
+template <>
+struct Bits<double> {
+  using type = uint64_t;
+  static constexpr int width = 63;
+};
+
+uint64_t mix(uint64_t x) {  // splitmix64: a counter becomes a random number
+  x += 0x9e3779b97f4a7c15;
+  x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9;
+  x = (x ^ x >> 27) * 0x94d049bb133111eb;
+  return x ^ x >> 31;
+}
+
+int64_t below(uint64_t random, int64_t bound) { return int64_t(uint64_t((unsigned __int128)random * bound >> 64)); }
+
+// Magnitudes within [lo, hi], gathered, and how many lie below.
+template <class KF, class T>
+struct Gather {
+  const Operand<T>* u;
+  T lo, hi;
+  int64_t limit, below = 0, used = 0;
+  std::vector<T> inside;
+
+  SNELL_INLINE void tile(int64_t, int rows, int64_t, int columns, const T* panel, const T* const* b) {
+    Vec<T> K[ROWS][COLUMNS];
+    kappa_tile<KF>(*u, panel, b, K);
+    for (int r = 0; r < rows; ++r)
+      for (int c = 0; c < COLUMNS; ++c) {
+        int count = columns - c * LANES<T>;
+        unsigned valid = count >= LANES<T> ? ~0u : count > 0 ? (1u << count) - 1 : 0u;
+        Vec<T> a = abs(K[r][c]);
+        below += __builtin_popcount(bits(a < lo) & valid);
+        unsigned in = bits((a >= lo) & (a <= hi)) & valid;
+        if (in && used <= limit) {
+          if (size_t(used + LANES<T>) > inside.size()) inside.resize(inside.size() * 3 / 2 + 4096);
+          compress(&inside[used], a, in);
+          used += __builtin_popcount(in);
+        }
+      }
+  }
+  SNELL_INLINE void flush(int64_t, int, int64_t) {}
+};
+
+// Counts one digit of the keys whose higher bits equal the prefix.
+template <class KF, class T>
+struct Histogram {
+  using Key = typename Bits<T>::type;
+  const Operand<T>* u;
+  Key prefix;
+  int above, shift, digits;
+  std::vector<int64_t> counts;
+
+  SNELL_INLINE void tile(int64_t, int rows, int64_t, int columns, const T* panel, const T* const* b) {
+    Vec<T> K[ROWS][COLUMNS];
+    kappa_tile<KF>(*u, panel, b, K);
+    for (int r = 0; r < rows; ++r)
+      for (int c = 0; c < columns; ++c) {
+        T a = abs(K[r][c / LANES<T>])[c % LANES<T>];
+        Key key;
+        std::memcpy(&key, &a, sizeof a);
+        if (key >> (above - 1) >> 1 == prefix) ++counts[key >> shift & (digits - 1)];
+      }
+  }
+  SNELL_INLINE void flush(int64_t, int, int64_t) {}
+};
+
+template <class T, class Body>
+void sweep_all(const Operand<T>& u, std::vector<Body>& bodies) {
+#pragma omp parallel num_threads(u.threads) if (u.threads > 1)
+  {
+    int t = omp_get_thread_num(), team = omp_get_num_threads();
+    Body body = bodies[t];  // on the thread's own stack: counters that are not shared cache lines
+    sweep(u, u.first_row(t, team), u.first_row(t + 1, team), body);
+    bodies[t] = std::move(body);
+  }
+}
+
+template <class KF, class T>
+T radix_select(const Operand<T>& u, int64_t k) {
+  using Key = typename Bits<T>::type;
+  Key prefix = 0;
+  for (int top = Bits<T>::width; top > 0; top -= RADIX_BITS) {
+    int shift = std::max(top - RADIX_BITS, 0), digits = 1 << (top - shift);
+    std::vector<Histogram<KF, T>> bodies(u.threads, {&u, prefix, top, shift, digits, std::vector<int64_t>(digits)});
+    sweep_all(u, bodies);
+    int digit = 0;
+    for (;; ++digit) {
+      int64_t count = 0;
+      for (auto& body : bodies) count += body.counts[digit];
+      if (k <= count) break;
+      k -= count;
+    }
+    prefix = prefix << (top - shift) | Key(digit);
+  }
+  T tau;
+  std::memcpy(&tau, &prefix, sizeof tau);
+  return tau;
+}
+
+// |K| of one random pair, in plain arithmetic: the sample need not match K's bits.
+template <class KF, class T>
+T sample_one(const Operand<T>& u, int64_t counter) {
+  const T* a = u.A + below(mix(2 * counter), u.n) * u.rank;
+  const T* b = u.B + below(mix(2 * counter + 1), u.m) * u.rank;
+  Vec<T> K{};
+  for (int p = 0; p < u.groups; ++p) {
+    T s = 0;
+#pragma omp simd reduction(+ : s)
+    for (int64_t k = p * u.width; k < (p + 1) * int64_t(u.width); ++k) {
+      T d = KF::distance ? a[k] - b[k] : T(0);
+      s += KF::distance ? d * d : a[k] * b[k];
+    }
+    Vec<T> statistic = splat(s);
+    K = KF::add_group(u.theta, p, statistic, K);
+  }
+  return std::abs(K[0]);
+}
+
+template <class T>
+struct Bracket {
+  T lo, hi;
+  double share;  // of all entries, expected inside
+};
+
+template <class KF, class T>
+Bracket<T> bracket(const Operand<T>& u, int64_t k) {
+  const T infinity = std::numeric_limits<T>::infinity();
+  double entries = double(u.m) * double(u.n);
+  if (entries <= GATHER_ALL) return {T(0), infinity, 1.0};
+  // The sample costs its own size, the gathered entries cost theirs: size ~ entries^(2/3) balances the two.
+  int64_t size = int64_t(std::pow(0.4 * entries, 2.0 / 3.0));
+  auto sample = allocate<T>(size);
+#pragma omp parallel for num_threads(u.threads) schedule(static) if (u.threads > 1)
+  for (int64_t i = 0; i < size; ++i) {
+    T a = sample_one<KF>(u, i);
+    sample[i] = a == a ? a : infinity;
+  }
+  double q = double(k) / entries, margin = 4 * std::sqrt(q * (1 - q) / size) + 2.0 / size;
+  int64_t lower = int64_t((q - margin) * size), upper = int64_t((q + margin) * size) + 1;
+  T *first = sample.get(), *last = first + size, *from = first + std::max<int64_t>(lower, 0);
+  if (lower > 0) std::nth_element(first, from, last);
+  if (upper < size) std::nth_element(from, first + upper, last);
+  return {lower > 0 ? *from : T(0), upper < size ? first[upper] : infinity, 2 * margin};
+}
+
+}  // namespace
+
+template <class KF, class T>
+struct Select {
+  static void run(const SnellUpdate& update, int64_t k, void* tau) {
+    Operand<T> u(update, KF::grouped);
+    auto [lo, hi, share] = bracket<KF>(u, k);
+    double expected = share * double(u.m) * double(u.n) / u.threads;
+    int64_t limit = GATHER_MIN + int64_t(GATHER_SLACK * expected);
+    std::vector<Gather<KF, T>> bodies(u.threads, {&u, lo, hi, limit, 0, 0, {}});
+    for (auto& body : bodies) body.inside.reserve(size_t(1.1 * expected) + 4096);
+    sweep_all(u, bodies);
+    bool overflow = false;
+    for (auto& body : bodies) {
+      overflow |= body.used > limit;
+      k -= body.below;
+      body.inside.resize(body.used);
+      if (&body != &bodies[0]) bodies[0].inside.insert(bodies[0].inside.end(), body.inside.begin(), body.inside.end());
+    }
+    auto& inside = bodies[0].inside;
+    if (overflow || k < 1 || k > int64_t(inside.size())) {
+      for (auto& body : bodies) k += body.below;
+      inside = {};
+      *static_cast<T*>(tau) = radix_select<KF>(u, k);
+    } else {
+      std::nth_element(inside.begin(), inside.begin() + (k - 1), inside.end());
+      *static_cast<T*>(tau) = inside[k - 1];
+    }
+  }
+};
+
+void select(const SnellUpdate& u, int64_t k, void* tau) { dispatch<Select>(u, k, tau); }
+
+}  // namespace snell::SNELL_ISA

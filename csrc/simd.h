@@ -1,0 +1,247 @@
+// Vectors of the instruction set this file is compiled for: GCC's vector extension, with intrinsics only where
+// the language has no word (fused multiply-add, square root, compress, half precision).
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "api.h"
+
+#define SNELL_INLINE inline __attribute__((always_inline))
+
+namespace snell::SNELL_ISA {
+
+#if defined(__AVX512F__)
+constexpr int VECTOR_BYTES = 64;
+#elif defined(__AVX2__)
+constexpr int VECTOR_BYTES = 32;
+#else
+constexpr int VECTOR_BYTES = 16;
+#endif
+
+template <class T>
+struct VecOf {
+  typedef T type __attribute__((vector_size(VECTOR_BYTES)));
+};
+template <class T>
+using Vec = typename VecOf<T>::type;
+template <class T>
+constexpr int LANES = VECTOR_BYTES / int(sizeof(T));
+
+using F = Vec<float>;
+using D = Vec<double>;
+template <class T>
+struct IntOf;
+template <>
+struct IntOf<float> {
+  using type = int32_t;
+};
+template <>
+struct IntOf<double> {
+  using type = int64_t;
+};
+template <class T>
+using Mask = Vec<typename IntOf<T>::type>;  // all ones where true, as comparisons give it
+
+template <class T>
+SNELL_INLINE Vec<T> splat(T value) {
+  return Vec<T>{} + value;
+}
+template <class T>
+SNELL_INLINE Vec<T> load(const T* p) {
+  Vec<T> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class T>
+SNELL_INLINE void store(T* p, Vec<T> v) {
+  std::memcpy(p, &v, sizeof v);
+}
+
+#if defined(__AVX512F__)
+SNELL_INLINE F fma(F a, F b, F c) { return F(_mm512_fmadd_ps(__m512(a), __m512(b), __m512(c))); }
+SNELL_INLINE D fma(D a, D b, D c) { return D(_mm512_fmadd_pd(__m512d(a), __m512d(b), __m512d(c))); }
+SNELL_INLINE F sqrt(F a) { return F(_mm512_sqrt_ps(__m512(a))); }
+SNELL_INLINE D sqrt(D a) { return D(_mm512_sqrt_pd(__m512d(a))); }
+SNELL_INLINE unsigned bits(Mask<float> m) { return _mm512_movepi32_mask(__m512i(m)); }
+SNELL_INLINE unsigned bits(Mask<double> m) { return _mm512_movepi64_mask(__m512i(m)); }
+#elif defined(__AVX2__)
+SNELL_INLINE F fma(F a, F b, F c) { return F(_mm256_fmadd_ps(__m256(a), __m256(b), __m256(c))); }
+SNELL_INLINE D fma(D a, D b, D c) { return D(_mm256_fmadd_pd(__m256d(a), __m256d(b), __m256d(c))); }
+SNELL_INLINE F sqrt(F a) { return F(_mm256_sqrt_ps(__m256(a))); }
+SNELL_INLINE D sqrt(D a) { return D(_mm256_sqrt_pd(__m256d(a))); }
+SNELL_INLINE unsigned bits(Mask<float> m) { return _mm256_movemask_ps(__m256(m)); }
+SNELL_INLINE unsigned bits(Mask<double> m) { return _mm256_movemask_pd(__m256d(m)); }
+#else
+template <class V>
+SNELL_INLINE V fma(V a, V b, V c) {
+  return a * b + c;
+}
+template <class V>
+SNELL_INLINE V sqrt(V a) {
+  for (unsigned l = 0; l < sizeof a / sizeof a[0]; ++l) a[l] = std::sqrt(a[l]);
+  return a;
+}
+template <class M>
+SNELL_INLINE unsigned bits(M m) {
+  unsigned set = 0;
+  for (unsigned l = 0; l < sizeof m / sizeof m[0]; ++l) set |= unsigned(m[l] & 1) << l;
+  return set;
+}
+#endif
+
+// Write the lanes whose bit is set, packed; up to a whole vector of bytes behind `to` may be overwritten.
+template <class T>
+SNELL_INLINE void compress(T* to, Vec<T> v, unsigned set) {
+#if defined(__AVX512F__)
+  // Compress in a register and store it whole: the compressing store is microcoded on some machines.
+  if constexpr (sizeof(T) == 4)
+    store(to, Vec<T>(_mm512_maskz_compress_epi32(__mmask16(set), __m512i(v))));
+  else
+    store(to, Vec<T>(_mm512_maskz_compress_epi64(__mmask8(set), __m512i(v))));
+#else
+  for (; set; set &= set - 1) *to++ = v[__builtin_ctz(set)];
+#endif
+}
+
+SNELL_INLINE F abs(F v) { return F(Mask<float>(v) & 0x7fffffff); }
+SNELL_INLINE D abs(D v) { return D(Mask<double>(v) & 0x7fffffffffffffff); }
+
+template <class T>
+SNELL_INLINE T sum(Vec<T> v) {
+  T total = 0;
+  for (int l = 0; l < LANES<T>; ++l) total += v[l];
+  return total;
+}
+
+// exp in float: 2^k times a degree-6 polynomial on [-ln2/2, ln2/2], under 2 units in the last place; 0, inf and
+// NaN come out as they should.
+SNELL_INLINE F exp(F x) {
+  F clamped = x < 88.8f ? x : F{} + 88.8f;
+  clamped = clamped > -104.0f ? clamped : F{} - 104.0f;
+  F shifted = fma(clamped, F{} + 1.44269504088896341f, F{} + 12582912.0f);
+  F k = shifted - 12582912.0f;
+  F r = fma(k, F{} - 0.693145751953125f, clamped);
+  r = fma(k, F{} - 1.42860682030941723e-6f, r);
+  F p = F{} + 1.0f / 720;
+  for (float c : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = fma(p, r, F{} + c);
+  // 2^k in two factors, so that results down to the denormals and up to the largest float are reached.
+  Mask<float> whole = Mask<float>(shifted) - 0x4b400000, half = whole >> 1;
+  F scale = F((half + 127) << 23), rest = F((whole - half + 127) << 23);
+  F y = p * scale * rest;
+  y = x > 88.72284f ? F{} + HUGE_VALF : y;
+  return x == x ? y : x;
+}
+SNELL_INLINE D exp(D x) {
+  for (int l = 0; l < LANES<double>; ++l) x[l] = std::exp(x[l]);
+  return x;
+}
+SNELL_INLINE float exp(float x) { return std::exp(x); }
+SNELL_INLINE double exp(double x) { return std::exp(x); }
+
+// ---- the four storage dtypes ------------------------------------------------------------------------------------
+
+SNELL_INLINE float from_bits(uint32_t u) {
+  float f;
+  std::memcpy(&f, &u, 4);
+  return f;
+}
+SNELL_INLINE uint32_t to_bits(float f) {
+  uint32_t u;
+  std::memcpy(&u, &f, 4);
+  return u;
+}
+SNELL_INLINE uint16_t float_to_bf16(float f) {
+  uint32_t u = to_bits(f);
+  return f != f ? 0x7fc0 : uint16_t((u + 0x7fff + (u >> 16 & 1)) >> 16);
+}
+SNELL_INLINE float half_to_float(uint16_t h) {
+  uint32_t sign = uint32_t(h & 0x8000) << 16, magnitude = h & 0x7fff;
+  if (magnitude >= 0x7c00) return from_bits(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);
+  float value = from_bits(magnitude << 13) * from_bits(0x77800000);  // 2^112: the exponents' biases apart
+  return from_bits(sign | to_bits(value));
+}
+SNELL_INLINE uint16_t float_to_half(float f) {
+  uint32_t u = to_bits(f), sign = u >> 16 & 0x8000, magnitude = u & 0x7fffffff;
+  if (magnitude > 0x7f800000) return uint16_t(sign | 0x7e00);
+  if (magnitude >= 0x477ff000) return uint16_t(sign | 0x7c00);  // 65520 and up round to infinity
+  if (magnitude < 0x38800000) {  // below 2^-14: adding 0.5 rounds at the place of the last denormal bit
+    return uint16_t(sign | (to_bits(from_bits(magnitude) + 0.5f) - 0x3f000000));
+  }
+  return uint16_t(sign | (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13);
+}
+
+template <class T>
+SNELL_INLINE T load_scalar(const void* p, int64_t i, int dtype) {
+  switch (dtype) {
+    case SNELL_F32: return T(static_cast<const float*>(p)[i]);
+    case SNELL_F64: return T(static_cast<const double*>(p)[i]);
+    case SNELL_BF16: return T(from_bits(uint32_t(static_cast<const uint16_t*>(p)[i]) << 16));
+    default: return T(half_to_float(static_cast<const uint16_t*>(p)[i]));
+  }
+}
+template <class T>
+SNELL_INLINE void store_scalar(void* p, int64_t i, int dtype, T value) {
+  switch (dtype) {
+    case SNELL_F32: static_cast<float*>(p)[i] = float(value); break;
+    case SNELL_F64: static_cast<double*>(p)[i] = double(value); break;
+    case SNELL_BF16: static_cast<uint16_t*>(p)[i] = float_to_bf16(float(value)); break;
+    default: static_cast<uint16_t*>(p)[i] = float_to_half(float(value));
+  }
+}
+
+typedef uint16_t Short __attribute__((vector_size(VECTOR_BYTES / 2)));
+typedef uint32_t Word __attribute__((vector_size(VECTOR_BYTES)));
+
+// `count` elements from element i on, widened to T; lanes behind the count are 0.
+template <class T>
+SNELL_INLINE Vec<T> load_as(const void* p, int64_t i, int dtype, int count) {
+  if (count >= LANES<T>) {
+    if (dtype == (sizeof(T) == 4 ? SNELL_F32 : SNELL_F64)) return load(static_cast<const T*>(p) + i);
+    if constexpr (sizeof(T) == 4) {
+      const uint16_t* q = static_cast<const uint16_t*>(p) + i;
+      if (dtype == SNELL_BF16) {
+        Short s;
+        std::memcpy(&s, q, sizeof s);
+        return F(__builtin_convertvector(s, Word) << 16);
+      }
+#if defined(__AVX512F__)
+      if (dtype == SNELL_F16) return F(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(q))));
+#elif defined(__F16C__)
+      if (dtype == SNELL_F16) return F(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(q))));
+#endif
+    }
+  }
+  Vec<T> v{};
+  for (int l = 0; l < LANES<T> && l < count; ++l) v[l] = load_scalar<T>(p, i + l, dtype);
+  return v;
+}
+
+template <class T>
+SNELL_INLINE void store_as(void* p, int64_t i, int dtype, int count, Vec<T> v) {
+  if (count >= LANES<T>) {
+    if (dtype == (sizeof(T) == 4 ? SNELL_F32 : SNELL_F64)) return store(static_cast<T*>(p) + i, v);
+    if constexpr (sizeof(T) == 4) {
+      uint16_t* q = static_cast<uint16_t*>(p) + i;
+      if (dtype == SNELL_BF16) {
+        Word u = Word(v);
+        u = (u + 0x7fff + (u >> 16 & 1)) >> 16;
+        u = v == v ? u : Word{} + 0x7fc0;
+        Short s = __builtin_convertvector(u, Short);
+        std::memcpy(q, &s, sizeof s);
+        return;
+      }
+#if defined(__AVX512F__)
+      if (dtype == SNELL_F16) return _mm256_storeu_si256(reinterpret_cast<__m256i*>(q), _mm512_cvtps_ph(__m512(v), 0));
+#elif defined(__F16C__)
+      if (dtype == SNELL_F16) return _mm_storeu_si128(reinterpret_cast<__m128i*>(q), _mm256_cvtps_ph(__m256(v), 0));
+#endif
+    }
+  }
+  for (int l = 0; l < LANES<T> && l < count; ++l) store_scalar<T>(p, i + l, dtype, v[l]);
+}
+
+}  // namespace snell::SNELL_ISA

@@ -1,0 +1,152 @@
+"""The native library: found, loaded and called through ctypes; csrc/api.h is the other side."""
+
+from __future__ import annotations
+
+import ctypes
+import warnings
+from ctypes import POINTER, Structure, byref, c_char_p, c_int32, c_int64, c_uint64, c_void_p
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+PATH = Path(__file__).with_name("_native.so")
+
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_KERNELS = {"piecewise_linear": 0, "linear": 1, "sigmoid": 2, "rbf": 3}
+_GATES = {"soft": 0, "magnitude": 1, "hard": 2, "none": 3}
+
+
+class _Update(Structure):
+    _fields_ = [
+        *((name, c_int64) for name in ("m", "n", "rank")),
+        *((name, c_void_p) for name in ("A", "B", "theta", "tau")),
+        *((name, c_int32) for name in ("dtype", "kernel", "groups", "gate", "threads")),
+    ]
+
+
+class _Matrix(Structure):
+    _fields_ = [("data", c_void_p), ("stride", c_int64), ("dtype", c_int32)]
+
+
+def _load() -> ctypes.CDLL | None:
+    try:
+        library = ctypes.CDLL(str(PATH))
+    except OSError as error:
+        reason = "was not built (no C++ compiler at installation?)" if not PATH.exists() else f"does not load: {error}"
+        warnings.warn(
+            f"snell's native library {reason}; layers on the CPU use the slower PyTorch backend", stacklevel=2
+        )
+        return None
+    library.snell_isa.restype = c_char_p
+    library.snell_merge.argtypes = [POINTER(_Update), POINTER(_Matrix), POINTER(_Matrix)]
+    library.snell_select.argtypes = [POINTER(_Update), c_int64, c_void_p]
+    library.snell_factor_grad.argtypes = [POINTER(_Update), *[POINTER(_Matrix)] * 3, *[c_void_p] * 3]
+    library.snell_fingerprint.argtypes = [c_void_p, c_int64, POINTER(c_uint64 * 2)]
+    library.snell_fingerprint.restype = None
+    return library
+
+
+_library = _load()
+
+
+def available() -> bool:
+    """Whether the native library is loaded."""
+    return _library is not None
+
+
+def instruction_set() -> str | None:
+    """``v4`` (AVX-512), ``v3`` (AVX2) or ``base``; None without the library. SNELL_ISA asks for a lesser one."""
+    return _library.snell_isa().decode() if _library else None
+
+
+def _update(
+    A: Tensor, B: Tensor, theta: Tensor, tau: Tensor | None, kernel: str, groups: int, gate: str
+) -> _Update:
+    return _Update(
+        B.shape[0],
+        A.shape[0],
+        A.shape[1],
+        A.data_ptr(),
+        B.data_ptr(),
+        theta.data_ptr(),
+        None if tau is None else tau.data_ptr(),
+        _DTYPES[A.dtype],
+        _KERNELS[kernel],
+        groups,
+        _GATES[gate],
+        torch.get_num_threads(),
+    )
+
+
+def _matrix(matrix: Tensor | None) -> _Matrix:
+    return _Matrix() if matrix is None else _Matrix(matrix.data_ptr(), matrix.stride(0), _DTYPES[matrix.dtype])
+
+
+def _check(status: int) -> None:
+    if status:
+        raise MemoryError("snell's native library could not allocate its workspace")
+
+
+def select(A: Tensor, B: Tensor, theta: Tensor, k: int, kernel: str, groups: int) -> Tensor:
+    """The k-th smallest \\|K\\| (k from 1). Factors contiguous, on the CPU."""
+    assert _library is not None
+    tau = A.new_empty(())
+    _check(_library.snell_select(byref(_update(A, B, theta, None, kernel, groups, "none")), k, tau.data_ptr()))
+    return tau
+
+
+def merge(
+    A: Tensor,
+    B: Tensor,
+    theta: Tensor,
+    tau: Tensor,
+    weight: Tensor | None,
+    out: Tensor,
+    kernel: str,
+    groups: int,
+    gate: str,
+) -> None:
+    """dW or weight + dW into ``out``; rows of both contiguous, strides between rows free."""
+    assert _library is not None
+    update = _update(A, B, theta, tau, kernel, groups, gate)
+    _check(_library.snell_merge(byref(update), byref(_matrix(weight)), byref(_matrix(out))))
+
+
+def factor_grad(
+    G: Tensor,
+    A: Tensor,
+    B: Tensor,
+    theta: Tensor,
+    tau: Tensor,
+    weight: Tensor | None,
+    merged: Tensor | None,
+    grad_A: Tensor,
+    grad_B: Tensor,
+    grad_theta: Tensor,
+    kernel: str,
+    groups: int,
+    gate: str,
+) -> None:
+    """Add to the gradients, contiguous and of the factors' dtype; write weight + dW into ``merged``."""
+    assert _library is not None
+    _check(
+        _library.snell_factor_grad(
+            byref(_update(A, B, theta, tau, kernel, groups, gate)),
+            byref(_matrix(G)),
+            byref(_matrix(weight)),
+            byref(_matrix(merged)),
+            grad_A.data_ptr(),
+            grad_B.data_ptr(),
+            grad_theta.data_ptr(),
+        )
+    )
+
+
+def fingerprint(*tensors: Tensor) -> tuple[int, int]:
+    """128 bits of the tensors' bytes."""
+    assert _library is not None
+    state = (c_uint64 * 2)()
+    for tensor in tensors:
+        _library.snell_fingerprint(tensor.data_ptr(), tensor.nbytes, byref(state))
+    return state[0], state[1]
