@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from snell import functional
-from snell.schedule import block_length
 from snell.spec import KERNEL_FUNCTIONS, Spec
+from snell.update import Merged, Update, draw, merge_into
 
 __all__ = ["SnellLinear"]
-
-
-class _Merged(NamedTuple):
-    """What takes a merged update out again: the update as merged, and the weights it replaced."""
-
-    A: Tensor
-    B: Tensor
-    theta: Tensor
-    tau: Tensor
-    replaced: list[Tensor]
 
 
 class SnellLinear(nn.Module):
@@ -92,7 +81,7 @@ class SnellLinear(nn.Module):
         self.snell_A = nn.Parameter(torch.empty(self.in_features, spec.rank, **options))
         self.snell_B = nn.Parameter(torch.empty(self.out_features, spec.rank, **options))
         self.snell_theta = nn.Parameter(torch.empty(len(theta), **options), requires_grad=train_theta)
-        self._merged: _Merged | None = None
+        self._merged: Merged | None = None
         self.reset_update()
 
     @classmethod
@@ -121,12 +110,9 @@ class SnellLinear(nn.Module):
         layer._build(linear.weight, linear.bias, Spec(rank, sparsity, kernel, groups, gate), scale, train_theta)
         return layer.train(linear.training)
 
-    @torch.no_grad()
     def reset_update(self) -> None:
         """Draw the factors anew, as published: uniform in +-1/sqrt(n*r/P) and +-1/sqrt(m*r/P)."""
-        for factor in (self.snell_A, self.snell_B):
-            nn.init.uniform_(factor, -1, 1).div_(math.sqrt(factor.numel() / self.spec.groups))
-        self.snell_theta.copy_(torch.tensor(self.spec.initial_theta(self.scale)))
+        draw(self.snell_A, self.snell_B, self.snell_theta, self.spec, self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., n] -> [..., m]``."""
@@ -142,14 +128,14 @@ class SnellLinear(nn.Module):
 
     def delta_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """Dense dW ``[m, n]``, for inspection; differentiable. In the factors' dtype unless ``dtype`` is given."""
-        delta = self._merge_rows(self._update(), 0, self.out_features)
+        delta = self._update().rows()
         return delta if dtype is None else delta.to(dtype)
 
     @torch.no_grad()
     def num_survivors(self) -> int:
         """How many entries of dW are not zero, counted block by block from what merge writes."""
         update = self._update()
-        return sum(int(self._merge_rows(update, *rows).count_nonzero()) for rows in self._row_blocks())
+        return sum(int(update.rows(rows).count_nonzero()) for rows in update.row_blocks())
 
     @property
     def merged(self) -> bool:
@@ -163,20 +149,14 @@ class SnellLinear(nn.Module):
         Until :meth:`unmerge` the layer keeps a copy of the factors and the base weights that survivors
         replaced: (1 - s) * m * n numbers.
         """
-        if self._merged is not None:
-            return
-        update, replaced = tuple(t.clone() for t in self._update()), []
-        for rows in self._row_blocks():
-            base = self.weight[slice(*rows)]
-            replaced.append(base[self._merge_rows(update, *rows) != 0])
-            base.copy_(self._merge_rows(update, *rows, base))
-        self._merged = _Merged(*update, replaced)
+        if self._merged is None:
+            self._merged = merge_into(self.weight, self._update())
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Put the base weight back, bit for bit."""
         if self._merged is not None:
-            self.weight.copy_(self._base_weight())
+            self._merged.take_out(self.weight)
             self._merged = None
 
     def to_linear(self) -> nn.Linear:
@@ -184,8 +164,7 @@ class SnellLinear(nn.Module):
         options: dict[str, Any] = {"device": "meta", "dtype": self.weight.dtype}
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, **options)
         with torch.no_grad():
-            update = self._update()
-            weight = self.weight.clone() if self.merged else self._merge_rows(update, 0, self.out_features, self.weight)
+            weight = self.weight.clone() if self.merged else self._update().rows(weight=self.weight)
             linear.weight = nn.Parameter(weight, requires_grad=False)
             if self.bias is not None:
                 linear.bias = nn.Parameter(self.bias.clone(), requires_grad=False)
@@ -199,30 +178,16 @@ class SnellLinear(nn.Module):
             f"gate={spec.gate!r}{', merged' if self.merged else ''}"
         )
 
-    def _update(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.snell_A, self.snell_B, self.snell_theta, self.threshold()
-
-    def _row_blocks(self) -> list[tuple[int, int]]:
-        rows = block_length(self.in_features * self.snell_A.element_size(), self.out_features)
-        return [(start, min(start + rows, self.out_features)) for start in range(0, self.out_features, rows)]
-
-    def _merge_rows(
-        self, update: tuple[Tensor, ...], start: int, stop: int, weight: Tensor | None = None
-    ) -> Tensor:
-        A, B, theta, tau = update[:4]
-        spec = self.spec
-        return functional.merge(
-            A, B[start:stop], theta, tau, weight=weight, kernel=spec.kernel, groups=spec.groups, gate=spec.effective_gate
-        )
+    def _update(self) -> Update:
+        return Update(self.snell_A, self.snell_B, self.snell_theta, self.threshold(), self.spec)
 
     @torch.no_grad()
     def _base_weight(self) -> Tensor:
-        """W0, also while ``weight`` holds W0 + dW; survivors are found again from the update as merged."""
+        """W0, also while ``weight`` holds W0 + dW."""
         if self._merged is None:
             return self.weight
         base = self.weight.detach().clone()
-        for rows, replaced in zip(self._row_blocks(), self._merged.replaced, strict=True):
-            base[slice(*rows)][self._merge_rows(self._merged[:4], *rows) != 0] = replaced
+        self._merged.take_out(base)
         return base
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
