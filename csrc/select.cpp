@@ -163,10 +163,13 @@ Bracket<T> bracket(const Operand<T>& u, int64_t k) {
   }
   double q = double(k) / entries, margin = 4 * std::sqrt(q * (1 - q) / size) + 2.0 / size;
   int64_t lower = int64_t((q - margin) * size), upper = int64_t((q + margin) * size) + 1;
-  T *first = sample.get(), *last = first + size, *from = first + std::max<int64_t>(lower, 0);
-  if (lower > 0) std::nth_element(first, from, last);
-  if (upper < size) std::nth_element(from, first + upper, last);
-  return {lower > 0 ? *from : T(0), upper < size ? first[upper] : infinity, 2 * margin};
+  auto ranked = [&](int64_t from, int64_t rank) {
+    std::nth_element(&sample[from], &sample[rank], &sample[size]);
+    return sample[rank];
+  };
+  T lo = lower > 0 ? ranked(0, lower) : T(0);
+  T hi = upper < size ? ranked(std::max<int64_t>(lower, 0), upper) : infinity;
+  return {lo, hi, 2 * margin};
 }
 
 }  // namespace

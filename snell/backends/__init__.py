@@ -39,7 +39,8 @@ def use(name: str, device_type: str = "cpu") -> Iterator[None]:
         raise ValueError(f"name must be an available backend, one of {', '.join(AVAILABLE)}; got {name!r}")
     library = torch.library.Library("snell", "IMPL")
     try:
-        with warnings.catch_warnings(action="ignore"):  # overriding is what this is for
+        with warnings.catch_warnings():  # overriding is what this is for
+            warnings.simplefilter("ignore")
             _register(library, AVAILABLE[name], device_type.upper(), allow_override=True)
         yield
     finally:
