@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from snell import functional
 from snell.schedule import block_length
-from snell.spec import Spec
+from snell.spec import KERNEL_FUNCTIONS, Spec
 
 __all__ = ["Merged", "Update", "draw", "draw_identity", "merge_into"]
 
@@ -85,26 +85,16 @@ def draw_identity(A: Tensor, B: Tensor, theta: Tensor, spec: Spec, scale: float)
     """Fill the factors so that dW is exactly 0 and has a gradient: LoRA's start.
 
     It exists without competition only. With it, an entry of dW is 0 where its gate is, and the gradient
-    carries that same gate: an update of exactly 0 would never move.
+    carries that same gate: an update of exactly 0 would never move. Distances have no such start either:
+    where they are 0 their gradient is, and equal groups of opposite sign cancel to rounding only.
 
     Raises:
-        ValueError: ``sparsity > 0``, or a kernel function without such a start.
+        ValueError: ``sparsity > 0``, or a kernel function of distances.
     """
-    if spec.sparsity:
+    if spec.sparsity or KERNEL_FUNCTIONS[spec.kernel].statistic != "dot":
         raise ValueError(
-            "an identity start needs sparsity=0: where entries compete, an update of exactly 0 has no gradient "
-            f"(its gates are 0); got sparsity={spec.sparsity}. The published start is small but not 0"
-        )
-    if spec.kernel == "rbf" or (spec.kernel == "piecewise_linear" and spec.groups % 2):
-        raise ValueError(
-            "an identity start exists for the kernel functions linear, sigmoid, and piecewise_linear with an even "
-            f"number of groups; got kernel={spec.kernel!r}, groups={spec.groups}"
+            "an identity start that still trains exists for sparsity=0 and the kernel functions linear and sigmoid "
+            f"alone; got sparsity={spec.sparsity}, kernel={spec.kernel!r}. The published start is small, but not 0"
         )
     draw(A, B, theta, spec, scale)
-    if spec.kernel == "piecewise_linear":
-        # Groups take alternating signs: equal neighbours cancel to the bit, and their gradients point apart.
-        for factor in (A, B):
-            pairs = factor.view(factor.shape[0], spec.groups // 2, 2, -1)
-            pairs[:, :, 1] = pairs[:, :, 0]
-    else:
-        B.zero_()
+    B.zero_()

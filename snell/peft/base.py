@@ -1,0 +1,110 @@
+"""What a base layer offers an adapter: its sizes, and its weight where that is a float matrix.
+
+Anything else is opaque: it is called, and the update's share is added to its output. Opaque bases merge by
+PEFT's own quantisation backends, where those know how.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def features(layer: nn.Module) -> tuple[int, int]:
+    """in_features and out_features."""
+    layer = _innermost(layer)
+    if isinstance(layer, Conv1D):
+        n, m = layer.weight.shape
+        return n, m
+    return layer.in_features, layer.out_features  # type: ignore[return-value]
+
+
+def device_and_dtype(layer: nn.Module) -> tuple[torch.device, torch.dtype | None]:
+    """Where an adapter of this layer lives, and the dtype of the layer's weight, if it is a float one."""
+    layer = _innermost(layer)
+    tensor = next((t for t in (*layer.parameters(), *layer.buffers())), torch.empty(0))
+    weight = getattr(layer, "weight", tensor)
+    return tensor.device, weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else None
+
+
+def float_weight(layer: nn.Module, fan_in_fan_out: bool) -> Tensor | None:
+    """The layer's own weight as [m, n], a view; None where it is no plain float matrix."""
+    weight: Any = getattr(layer, "weight", None)
+    # Quantised weights are subclasses of Parameter or of Tensor, and may call themselves float.
+    if type(weight) not in (nn.Parameter, Tensor) or weight.dtype not in _DTYPES or weight.dim() != 2:
+        return None
+    return weight.T if fan_in_fan_out else weight
+
+
+def fusable_weight(layer: nn.Module, fan_in_fan_out: bool) -> Tensor | None:
+    """:func:`float_weight`, where calling the layer would do no more than multiply by it and add the bias."""
+    plain = type(layer).forward in (nn.Linear.forward, Conv1D.forward) and "forward" not in vars(layer)
+    if not plain or any(getattr(layer, hooks) for hooks in _HOOKS):
+        return None
+    return float_weight(layer, fan_in_fan_out)
+
+
+def bias(layer: nn.Module) -> Tensor | None:
+    """The layer's bias, if it has one."""
+    return getattr(layer, "bias", None)
+
+
+class Quantised(NamedTuple):
+    """A quantised layer's parameters and state, as they were before an adapter was merged into it."""
+
+    layer: nn.Module
+    parameters: dict[str, Any]
+    state: Any
+
+    def put_back(self, tuner_layer: Any) -> None:
+        """Undo :func:`requantise`."""
+        tuner_layer.base_layer = self.layer
+        self.layer._parameters.update(self.parameters)
+        if self.state is not None:
+            self.layer.state = self.state
+
+
+def dequantise(tuner_layer: Any) -> Tensor:
+    """A float copy of an opaque base layer's weight, as [m, n].
+
+    Raises:
+        TypeError: PEFT has no way to dequantise and quantise such a layer.
+    """
+    layer = tuner_layer.get_base_layer()
+    backend = _quantisation_backend(tuner_layer)
+    if backend is None or not backend.supports_merge:
+        raise TypeError(
+            f"an adapter cannot be merged into a {type(layer).__name__}: its weight is not a float matrix, and PEFT "
+            "cannot quantise it anew. Keep the adapter unmerged"
+        )
+    weight = backend.get_base_weight(layer).detach().clone()
+    return weight.T if tuner_layer.fan_in_fan_out else weight
+
+
+def requantise(tuner_layer: Any, weight: Tensor) -> Quantised:
+    """Quantise ``weight [m, n]`` into the base layer, and return what was there."""
+    layer = tuner_layer.get_base_layer()
+    before = Quantised(tuner_layer.base_layer, dict(layer._parameters), copy.copy(getattr(layer, "state", None)))
+    backend = _quantisation_backend(tuner_layer)
+    backend.set_base_weight(tuner_layer, weight.T if tuner_layer.fan_in_fan_out else weight)
+    return before
+
+
+def _quantisation_backend(tuner_layer: Any) -> Any:
+    try:
+        from peft.utils.quantization_utils import resolve_quantization_backend
+    except ImportError:  # before PEFT 0.20
+        return None
+    return resolve_quantization_backend(tuner_layer.get_base_layer(), **tuner_layer.quantisation)
+
+
+def _innermost(layer: nn.Module) -> nn.Module:
+    return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer

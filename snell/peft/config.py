@@ -1,0 +1,126 @@
+"""What a SNELL adapter is made of, as PEFT saves it beside the weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from peft.config import PeftConfig
+
+from snell.peft.kind import SNELL
+from snell.spec import Spec
+
+__all__ = ["SnellConfig"]
+
+INIT_WEIGHTS = (True, False, "identity")
+BIASES = ("none", "all", "snell_only")
+
+
+@dataclass
+class SnellConfig(PeftConfig):
+    """A SNELL adapter: in each target, ``y = x (W0 + dW)^T + b`` with ``dW = K * gate(|K|)``, ``K = kappa(B, A)``.
+
+    Args:
+        r: Columns of the factors, A [in, r] and B [out, r]; a multiple of ``groups``. More capacity and
+            trainable parameters, r * (in + out) a layer; time per step grows with it less than linearly.
+        sparsity: Share of dW's entries that are zero, in [0, 1). The entries of largest \\|K\\| survive, and they
+            alone get gradients; who survives is settled anew at every step. 0 switches the competition off.
+        kernel: Kernel function kappa: ``piecewise_linear`` (the paper's), ``linear`` (LoRA's merge), ``sigmoid``
+            or ``rbf``. A nonlinear one gives dW more rank than r.
+        groups: Groups the rank axis splits into for ``piecewise_linear``; their distances take alternating signs.
+        gate: What a survivor is multiplied by: ``soft`` (\\|K\\| - threshold, the paper's), ``magnitude`` (\\|K\\|,
+            the published code's) or ``hard`` (1: plain top-k).
+        scale: Size of the kernel function's scalar parameters at the start, and so of dW: it acts on the update
+            as a learning rate does.
+        train_theta: Whether those scalars are trained. None: as the kernel function says (``sigmoid``, ``rbf``).
+        dropout: Probability of dropping an input of the update, in training, the base layer's input staying
+            whole. Above 0 training costs one more multiplication by the base weight per layer.
+        target_modules: Names of the modules to adapt (a list: suffixes; a string: a regular expression), or
+            ``"all-linear"``: every linear layer but the output head. None: PEFT's choice for LoRA on this model.
+        exclude_modules: Names, as above, that are left out of the targets.
+        modules_to_save: Modules trained whole and saved with the adapter, such as a new classification head.
+        layers_to_transform: Indices of the blocks to adapt, where not all.
+        layers_pattern: Name of the list those indices count in, where it is not the usual one.
+        rank_pattern: Rank of the modules whose name matches a regular expression, in place of ``r``.
+        sparsity_pattern: Likewise in place of ``sparsity``.
+        bias: Which biases of the base are trained too: ``none``, ``all`` or ``snell_only`` (those of the targets).
+            With any but ``none`` a disabled adapter no longer gives the base model's outputs.
+        fan_in_fan_out: Whether the targets store their weight [in, out]. Known by itself for Conv1D and Linear.
+        init_weights: True: factors drawn as published. dW is then small, but not 0: a fresh adapter does not give
+            the base model's outputs exactly (a disabled, unmerged or deleted one does). ``"identity"``: dW is
+            exactly 0; exists for ``sparsity=0`` with ``linear`` or ``sigmoid`` alone, because where entries
+            compete an update of exactly 0 has no gradient. False: standard normal factors, a visible update,
+            for tests.
+
+    Raises:
+        ValueError, TypeError: a setting that does not fit, naming it.
+
+    Source: arXiv 2411.01800.
+    """
+
+    r: int = field(default=32, metadata={"help": "Columns of the factors; a multiple of groups."})
+    sparsity: float = field(default=0.9, metadata={"help": "Share of the update's entries that are zero, in [0, 1)."})
+    kernel: str = field(
+        default="piecewise_linear", metadata={"help": "Kernel function: piecewise_linear, linear, sigmoid or rbf."}
+    )
+    groups: int = field(default=2, metadata={"help": "Groups the rank axis splits into."})
+    gate: str = field(default="soft", metadata={"help": "What survivors are multiplied by: soft, magnitude or hard."})
+    scale: float = field(default=0.1, metadata={"help": "Size of the kernel function's scalars at the start."})
+    train_theta: bool | None = field(
+        default=None, metadata={"help": "Whether those scalars are trained; None: as the kernel function says."}
+    )
+    dropout: float = field(default=0.0, metadata={"help": "Dropout of the update's input, in training."})
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names or regular expression of the modules to adapt, or 'all-linear'."}
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names or regular expression of modules to leave out."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules trained whole and saved with the adapter."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the blocks to adapt, where not all."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the list those indices count in."}
+    )
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "Ranks of modules by regular expression, in place of r."}
+    )
+    sparsity_pattern: dict[str, float] = field(
+        default_factory=dict, metadata={"help": "Sparsities of modules by regular expression, in place of sparsity."}
+    )
+    bias: str = field(default="none", metadata={"help": "Biases trained too: none, all or snell_only."})
+    fan_in_fan_out: bool = field(default=False, metadata={"help": "Whether the targets store their weight [in, out]."})
+    init_weights: bool | str = field(
+        default=True, metadata={"help": "True: as published; 'identity': dW is 0; False: a visible update, for tests."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = SNELL
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            setattr(self, name, set(value) if isinstance(value, list) else value)
+        # Whatever a pattern selects must stand as well as the defaults do.
+        for rank in (self.r, *self.rank_pattern.values()):
+            for sparsity in (self.sparsity, *self.sparsity_pattern.values()):
+                self.spec(rank, sparsity).initial_theta(self.scale)
+        if isinstance(self.dropout, bool) or not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be a probability in [0, 1); got {self.dropout!r}")
+        if self.train_theta not in (None, True, False):
+            raise ValueError(f"train_theta must be True, False or None; got {self.train_theta!r}")
+        if self.init_weights not in INIT_WEIGHTS:
+            raise ValueError(f"init_weights must be one of {INIT_WEIGHTS}; got {self.init_weights!r}")
+        if self.bias not in BIASES:
+            raise ValueError(f"bias must be one of {', '.join(BIASES)}; got {self.bias!r}")
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError("layers_to_transform cannot be used where target_modules is a string")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern needs layers_to_transform: the indices to adapt")
+
+    def spec(self, rank: int, sparsity: float) -> Spec:
+        """The validated make-up of one layer's update."""
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+            raise ValueError(f"r must be an int of at least 1; got {rank!r}")
+        return Spec(rank, sparsity, self.kernel, self.groups, self.gate)

@@ -1,0 +1,146 @@
+"""Puts SNELL layers into a model, as PEFT asks of a tuner."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from snell.peft.config import SnellConfig
+from snell.peft.layer import SnellLayer
+
+__all__ = ["SnellModel"]
+
+
+class SnellModel(BaseTuner):
+    """A model whose target layers carry SNELL adapters; what ``get_peft_model`` builds for a :class:`SnellConfig`.
+
+    Args:
+        model: the model to adapt; its parameters are frozen.
+        peft_config: a :class:`SnellConfig`, or several by adapter name.
+        adapter_name: name of the adapter.
+        low_cpu_mem_usage: create the factors on the meta device, to be loaded into.
+    """
+
+    prefix: str = "snell_"
+    tuner_layer_cls = SnellLayer
+    target_module_mapping: dict[str, Any] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def _check_new_adapter_config(self, config: SnellConfig) -> None:  # type: ignore[override]
+        super()._check_new_adapter_config(config)
+        if config.bias != "none" and not hasattr(BaseTuner, "_get_learnable_bias_state_dict"):
+            raise ValueError(f"bias={config.bias!r} needs peft 0.21 or newer: older ones do not save biases with SNELL")
+
+    def _create_and_replace(  # type: ignore[override]
+        self,
+        config: SnellConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **_: Any,
+    ) -> None:
+        spec = config.spec(
+            _by_pattern(config.rank_pattern, current_key, config.r),
+            _by_pattern(config.sparsity_pattern, current_key, config.sparsity),
+        )
+        if isinstance(target, SnellLayer):
+            target.update_layer(adapter_name, spec, config)
+            return
+        _check_target(target, parent, current_key)
+        layer = SnellLayer(
+            target,
+            adapter_name,
+            spec,
+            config,
+            fan_in_fan_out=_fan_in_fan_out(target, config),
+            quantisation=_quantisation(self.model),
+        )
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """For the time of one forward: tell every layer which adapter each sample of the batch asks for."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("adapter_names is for inference; call model.eval() first")
+        known = {name for layer in self.modules() if isinstance(layer, SnellLayer) for name in layer.snell_A}
+        if unknown := sorted(set(names) - known - {"__base__"}):
+            raise ValueError(f"adapter_names holds non-existing adapter(s): {', '.join(unknown)}")
+        # Beam search repeats each sample in the decoder, after the encoder has seen it once.
+        beams = kwargs.get("num_beams") or 1
+        encoder = _encoder(self.model) if beams > 1 else None
+        in_encoder = set() if encoder is None else set(encoder.modules())
+        repeated = [name for name in names for _ in range(beams)]
+        handles = [
+            module.register_forward_pre_hook(
+                partial(_pass_names, names=names if module in in_encoder else repeated), with_kwargs=True
+            )
+            for module in self.modules()
+            if isinstance(module, (SnellLayer, AuxiliaryTrainingWrapper))
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _by_pattern(pattern: dict[str, Any], key: str, default: Any) -> Any:
+    return pattern.get(get_pattern_key(list(pattern), key), default)
+
+
+def _quantisation(model: nn.Module) -> dict[str, Any]:
+    """How torchao is asked to quantise a merged weight anew; transformers keeps it with the model."""
+    settings = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    requantise = getattr(settings, "get_apply_tensor_subclass", None)
+    return {} if requantise is None else {"get_apply_tensor_subclass": requantise}
+
+
+def _pass_names(module: nn.Module, args: tuple, kwargs: dict, *, names: list[str]) -> tuple[tuple, dict]:
+    return args, {**kwargs, "adapter_names": names}
+
+
+def _encoder(model: nn.Module) -> nn.Module | None:
+    encoder = model.get_encoder() if hasattr(model, "get_encoder") else None  # type: ignore[operator]
+    return None if encoder is model else encoder
+
+
+def _check_target(target: nn.Module, parent: nn.Module, key: str) -> None:
+    if isinstance(parent, nn.MultiheadAttention):
+        raise ValueError(
+            f"{key} cannot be adapted: torch.nn.MultiheadAttention reads its weight and never calls the layer; "
+            "leave it out with exclude_modules"
+        )
+    sizes = (getattr(target, "in_features", None), getattr(target, "out_features", None))
+    if not isinstance(target, Conv1D) and not all(isinstance(size, int) for size in sizes):
+        raise TypeError(
+            f"{key} cannot be adapted: it is a {type(target).__name__}; SNELL adapts torch.nn.Linear, transformers' "
+            "Conv1D and layers with in_features and out_features (quantised ones); change target_modules"
+        )
+
+
+def _fan_in_fan_out(target: nn.Module, config: SnellConfig) -> bool:
+    known = isinstance(target, (nn.Linear, Conv1D))
+    stored = isinstance(target, Conv1D) if known else config.fan_in_fan_out
+    if stored != config.fan_in_fan_out:
+        warnings.warn(
+            f"fan_in_fan_out is {config.fan_in_fan_out}, but the target is a {type(target).__name__}: using {stored}",
+            stacklevel=2,
+        )
+        config.fan_in_fan_out = stored
+    return stored
