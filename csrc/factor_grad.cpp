@@ -86,6 +86,12 @@ struct FactorGrad {
 #endif
   }
 
+  SNELL_INLINE void ahead(int64_t row, int64_t from, int64_t to) {
+    prefetch(G, row, from, to);
+    prefetch(weight, row, from, to);
+    if (merged.data != G.data) prefetch(merged, row, from, to);
+  }
+
   SNELL_INLINE void flush(int64_t row, int rows, int64_t first_column) {
     for (int r = 0; r < rows; ++r) {
       Survivors<T>& list = lists[r];

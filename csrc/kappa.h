@@ -35,7 +35,7 @@ struct PiecewiseLinear : Distance {
   template <class T, class V>
   static SNELL_INLINE V add_group(const T* theta, int p, V& statistic, V K) {
     statistic = sqrt(statistic);
-    return fma(V{} + theta[p], statistic, K);
+    return fma(splat(theta[p]), statistic, K);
   }
   template <class T>
   static SNELL_INLINE Vec<T> slope(const T* theta, int p, Vec<T> norm, Vec<T> H, Vec<T>* dtheta) {
@@ -62,7 +62,7 @@ struct Sigmoid : Dot {
   static int num_theta(int) { return 3; }
   template <class T, class V>
   static SNELL_INLINE V add_group(const T* theta, int, V& statistic, V) {
-    return fma(V{} + theta[0], T(1) / (T(1) + exp(-theta[1] * statistic)), V{} + theta[2]);
+    return fma(splat(theta[0]), T(1) / (T(1) + exp(-theta[1] * statistic)), splat(theta[2]));
   }
   template <class T>
   static SNELL_INLINE Vec<T> slope(const T* theta, int, Vec<T> dot, Vec<T> H, Vec<T>* dtheta) {
@@ -80,7 +80,7 @@ struct Rbf : Distance {
   static int num_theta(int) { return 3; }
   template <class T, class V>
   static SNELL_INLINE V add_group(const T* theta, int, V& statistic, V) {
-    return fma(V{} + theta[0], exp(-theta[1] * statistic), V{} + theta[2]);
+    return fma(splat(theta[0]), exp(-theta[1] * statistic), splat(theta[2]));
   }
   template <class T>
   static SNELL_INLINE Vec<T> slope(const T* theta, int, Vec<T> square, Vec<T> H, Vec<T>* dtheta) {

@@ -16,6 +16,10 @@ struct Merge {
         write_merged<T>(out, weight, row + r, column + c * LANES<T>, columns - c * LANES<T>,
                         K[r][c] * gate_of<T>(abs(K[r][c]), u.tau, u.gate));
   }
+  SNELL_INLINE void ahead(int64_t row, int64_t from, int64_t to) {
+    prefetch(weight, row, from, to);
+    prefetch(out, row, from, to);
+  }
   SNELL_INLINE void flush(int64_t, int, int64_t) {}
 
   static void run(const SnellUpdate& update, const SnellMatrix* weight, const SnellMatrix* out) {

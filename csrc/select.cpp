@@ -64,6 +64,7 @@ struct Gather {
         }
       }
   }
+  SNELL_INLINE void ahead(int64_t, int64_t, int64_t) {}
   SNELL_INLINE void flush(int64_t, int, int64_t) {}
 };
 
@@ -87,6 +88,7 @@ struct Histogram {
         if (key >> (above - 1) >> 1 == prefix) ++counts[key >> shift & (digits - 1)];
       }
   }
+  SNELL_INLINE void ahead(int64_t, int64_t, int64_t) {}
   SNELL_INLINE void flush(int64_t, int, int64_t) {}
 };
 

@@ -48,7 +48,7 @@ using Mask = Vec<typename IntOf<T>::type>;  // all ones where true, as compariso
 
 template <class T>
 SNELL_INLINE Vec<T> splat(T value) {
-  return Vec<T>{} + value;
+  return value - Vec<T>{};  // the form GCC folds to a broadcast: x - 0 is x for every x, x + 0 is not
 }
 template <class T>
 SNELL_INLINE Vec<T> load(const T* p) {
@@ -120,19 +120,19 @@ SNELL_INLINE T sum(Vec<T> v) {
 // exp in float: 2^k times a degree-6 polynomial on [-ln2/2, ln2/2], under 2 units in the last place; 0, inf and
 // NaN come out as they should.
 SNELL_INLINE F exp(F x) {
-  F clamped = x < 88.8f ? x : F{} + 88.8f;
-  clamped = clamped > -104.0f ? clamped : F{} - 104.0f;
-  F shifted = fma(clamped, F{} + 1.44269504088896341f, F{} + 12582912.0f);
+  F clamped = x < 88.8f ? x : splat(88.8f);
+  clamped = clamped > -104.0f ? clamped : splat(-104.0f);
+  F shifted = fma(clamped, splat(1.44269504088896341f), splat(12582912.0f));
   F k = shifted - 12582912.0f;
-  F r = fma(k, F{} - 0.693145751953125f, clamped);
-  r = fma(k, F{} - 1.42860682030941723e-6f, r);
-  F p = F{} + 1.0f / 720;
-  for (float c : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = fma(p, r, F{} + c);
+  F r = fma(k, splat(-0.693145751953125f), clamped);
+  r = fma(k, splat(-1.42860682030941723e-6f), r);
+  F p = splat(1.0f / 720);
+  for (float c : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = fma(p, r, splat(c));
   // 2^k in two factors, so that results down to the denormals and up to the largest float are reached.
   Mask<float> whole = Mask<float>(shifted) - 0x4b400000, half = whole >> 1;
   F scale = F((half + 127) << 23), rest = F((whole - half + 127) << 23);
   F y = p * scale * rest;
-  y = x > 88.72284f ? F{} + HUGE_VALF : y;
+  y = x > 88.72284f ? splat(HUGE_VALF) : y;
   return x == x ? y : x;
 }
 SNELL_INLINE D exp(D x) {

@@ -25,6 +25,9 @@ constexpr int TILE = COLUMNS * LANES<T>;  // columns of K in a tile
 // Packed A that one sweep over a thread's rows reads again for each group of rows: it stays in the first-level cache.
 constexpr int64_t CHUNK_BYTES = 32 * 1024;
 
+// Rows between the one computed and the one prefetched: some microseconds of work, far more than memory's latency.
+constexpr int64_t AHEAD = 2 * ROWS;
+
 struct Free {
   void operator()(void* p) const { std::free(p); }
 };
@@ -94,8 +97,18 @@ SNELL_INLINE void kappa_tile(const Operand<T>& u, const T* panel, const T* const
   }
 }
 
+// Ask for the elements [from, to) of a row that will be needed soon: a sweep's rows lie on different pages, where the
+// hardware's own prefetching stops.
+SNELL_INLINE void prefetch(const SnellMatrix& matrix, int64_t row, int64_t from, int64_t to) {
+  if (!matrix.data) return;
+  int64_t size = matrix.dtype == SNELL_F64 ? 8 : matrix.dtype == SNELL_F32 ? 4 : 2;
+  const char* base = static_cast<const char*>(matrix.data) + row * matrix.stride * size;
+  for (const char* p = base + from * size; p < base + to * size; p += 64) __builtin_prefetch(p);
+}
+
 // Calls body.tile(row, rows, column, columns, panel, b) for each tile of the rows [first, last), a chunk of panels at
-// a time, and body.flush(row, rows) after each group of rows in a chunk. At the lower edge b repeats the last row.
+// a time, body.ahead(row, from, to) for a row of the chunk that comes soon, and body.flush(row, rows, from) after each
+// group of rows in a chunk. At the lower edge b repeats the last row.
 template <class T, class Body>
 SNELL_INLINE void sweep(const Operand<T>& u, int64_t first, int64_t last, Body& body) {
   for (int64_t begin = 0; begin < u.panels; begin += u.chunk) {
@@ -104,6 +117,8 @@ SNELL_INLINE void sweep(const Operand<T>& u, int64_t first, int64_t last, Body& 
       int rows = int(std::min<int64_t>(ROWS, last - row));
       const T* b[ROWS];
       for (int r = 0; r < ROWS; ++r) b[r] = u.B + (row + std::min(r, rows - 1)) * u.rank;
+      for (int64_t soon = row + AHEAD; soon < std::min(row + AHEAD + ROWS, last); ++soon)
+        body.ahead(soon, begin * TILE<T>, std::min(end * TILE<T>, u.n));
       for (int64_t panel = begin; panel < end; ++panel) {
         int64_t column = panel * TILE<T>;
         int columns = int(std::min<int64_t>(TILE<T>, u.n - column));
