@@ -1,0 +1,1 @@
+"""Measurements: the demonstration on real data, micro-benchmarks, model benchmarks."""
