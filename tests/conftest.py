@@ -1,0 +1,48 @@
+"""What every test shares: the backend it runs on, and a seed that is fresh each run and printed."""
+
+import os
+import zlib
+
+import hypothesis
+import pytest
+import torch
+
+from snell import backends, memo
+
+SEED = int(os.environ.get("SNELL_TEST_SEED") or int.from_bytes(os.urandom(3), "big"))
+
+# An interpreted backend runs a program instance at a time in Python: it gets the same tests, fewer and smaller.
+INTERPRETED = frozenset({"triton"})
+
+hypothesis.settings.register_profile(
+    "snell",
+    deadline=None,
+    database=None,
+    print_blob=True,
+    max_examples=30,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("snell")
+
+
+def pytest_report_header() -> str:
+    return f"snell: seed {SEED} (SNELL_TEST_SEED repeats it), backends {', '.join(backends.AVAILABLE)}"
+
+
+@pytest.fixture(autouse=True)
+def _fresh(request: pytest.FixtureRequest) -> None:
+    torch.manual_seed(SEED + zlib.crc32(request.node.nodeid.encode()))
+    memo.clear()
+
+
+@pytest.fixture(params=list(backends.AVAILABLE))
+def backend(request: pytest.FixtureRequest):
+    """Every operation of the test runs on this backend."""
+    with backends.use(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def small(backend: str) -> bool:
+    """Whether the backend is too slow for more than a few tiles."""
+    return backend in INTERPRETED
