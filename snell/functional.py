@@ -178,9 +178,8 @@ def snell_linear(
     """
     spec = _check_factors(A, B, theta, sparsity, kernel, groups, gate)
     _check_weight(weight, A, B)
-    _require_tensor("x", x, None, _WEIGHT_DTYPES)
     if bias is not None:
-        _require_tensor("bias", bias, 1, _WEIGHT_DTYPES)
+        _require_tensor("bias", bias, 1, (weight.dtype,))
         if bias.shape[0] != B.shape[0]:
             raise ValueError(f"bias must have out_features = {B.shape[0]} entries; got {bias.shape[0]}")
         if bias.device != weight.device:
@@ -202,8 +201,9 @@ def linear(
 
     Without a weight the result is the update's share, ``x dW^T``, for a base that cannot be added to.
     """
+    _require_tensor("x", x, None, _WEIGHT_DTYPES)
     device_type = x.device.type
-    if torch.is_autocast_enabled(device_type):
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         if x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(device_type))
     elif weight is not None and x.dtype != weight.dtype:

@@ -46,7 +46,7 @@ def merge(
 def factor_gradients(
     G: Tensor, A: Tensor, B: Tensor, theta: Tensor, tau: Tensor, kernel: str, groups: int, gate: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dA, dB and dtheta from the whole of ``G [m, n]``."""
+    """``snell::merge_backward``: dA, dB and dtheta from the whole of ``G [m, n]``."""
     grads = torch.zeros_like(A), torch.zeros_like(B), torch.zeros_like(theta)
     torch.ops.snell.factor_grad.default(G, A, B, theta, tau, None, None, *grads, kernel, groups, gate)
     return grads
