@@ -10,36 +10,41 @@
 namespace snell::SNELL_ISA {
 namespace {
 
-// The factors with each group of the rank axis padded to whole vectors.
+// A factor with each group of the rank axis padded to whole vectors; the factor itself where they are whole already.
 template <class T>
 struct Padded {
   int64_t width, rank;  // of a group, of all groups
-  Buffer<T> rows;
+  Buffer<T> copy;
+  const T* rows;
 
   Padded(const Operand<T>& u, const T* factor, int64_t count)
-      : width((u.width + LANES<T> - 1) / LANES<T> * LANES<T>), rank(width * u.groups), rows(allocate<T>(count * rank)) {
+      : width((u.width + LANES<T> - 1) / LANES<T> * LANES<T>), rank(width * u.groups), rows(factor) {
+    if (width == u.width) return;
+    copy = allocate<T>(count * rank);
+    rows = copy.get();
+    std::memset(copy.get(), 0, count * rank * sizeof(T));
 #pragma omp parallel for num_threads(u.threads) schedule(static) if (u.threads > 1)
     for (int64_t i = 0; i < count; ++i)
       for (int p = 0; p < u.groups; ++p)
-        for (int64_t k = 0; k < width; ++k)
-          rows[i * rank + p * width + k] = factor && k < u.width ? factor[i * u.rank + p * u.width + k] : T(0);
+        std::memcpy(&copy[i * rank + p * width], factor + i * u.rank + p * u.width, u.width * sizeof(T));
   }
 };
 
 // One row's survivors within a chunk of columns.
 template <class T>
 struct Survivors {
-  std::vector<int32_t> column;
-  std::vector<T> H, kept;  // kept [groups][capacity]; C takes its place
+  Buffer<int32_t> column;
+  Buffer<T> H, kept;  // kept [groups][capacity]; C takes its place
   int64_t capacity, count = 0;
 
   Survivors(int64_t columns, int groups)
-      : column(columns + LANES<T>), H(columns + LANES<T>), kept((columns + LANES<T>) * groups),
-        capacity(columns + LANES<T>) {}
+      : column(allocate<int32_t>(columns + LANES<T>)), H(allocate<T>(columns + LANES<T>)),
+        kept(allocate<T>((columns + LANES<T>) * groups)), capacity(columns + LANES<T>) {}
 };
 
 template <class KF, class T>
 struct FactorGrad {
+  static constexpr unsigned ALL = (1u << (LANES<T> - 1) << 1) - 1;
   const Operand<T>& u;
   const Padded<T>&A, &B;
   const SnellMatrix &G, &weight, &merged;
@@ -52,24 +57,27 @@ struct FactorGrad {
   SNELL_INLINE void tile(int64_t row, int rows, int64_t column, int columns, const T* panel, const T* const* b) {
     Vec<T> K[ROWS][COLUMNS];
     kappa_tile<KF>(u, panel, b, K, kept.data());
-    int64_t base = column / (u.chunk * TILE<T>) * (u.chunk * TILE<T>);
+    const int groups = u.groups, gate_kind = u.gate;
+    const T tau = u.tau;
+    const int32_t local = int32_t(column % (u.chunk * TILE<T>));
     for (int r = 0; r < rows; ++r) {
       Survivors<T>& list = lists[r];
+      const int64_t capacity = list.capacity;
+      int64_t count = list.count;
       for (int c = 0; c < COLUMNS && c * LANES<T> < columns; ++c) {
-        int count = columns - c * LANES<T>;
-        int64_t j = column + c * LANES<T>;
-        Vec<T> gate = gate_of<T>(abs(K[r][c]), u.tau, u.gate);
-        unsigned survive = ~bits(gate == T(0)) & (count >= LANES<T> ? (1u << (LANES<T> - 1) << 1) - 1 : (1u << count) - 1);
-        if (survive) {
-          Vec<T> H = load_as<T>(G.data, (row + r) * G.stride + j, G.dtype, count) * gate;
-          compress(&list.H[list.count], H, survive);
-          compress_columns(&list.column[list.count], int32_t(j - base), survive);
-          for (int p = 0; p < u.groups; ++p)
-            compress(&list.kept[p * list.capacity + list.count], kept[(p * ROWS + r) * COLUMNS + c], survive);
-          list.count += __builtin_popcount(survive);
-        }
-        if (merged.data) write_merged<T>(merged, weight, row + r, j, count, K[r][c] * gate);
+        const int lanes = columns - c * LANES<T>;
+        const int64_t j = column + c * LANES<T>;
+        Vec<T> gate = gate_of<T>(abs(K[r][c]), tau, gate_kind);
+        unsigned survive = ~bits(gate == T(0)) & (lanes >= LANES<T> ? ALL : (1u << lanes) - 1);
+        // No branch on an empty mask: at the sparsities in use it is taken now and then, which predicts worst.
+        compress(&list.H[count], load_as<T>(G.data, (row + r) * G.stride + j, G.dtype, lanes) * gate, survive);
+        compress_columns(&list.column[count], local + c * LANES<T>, survive);
+        for (int p = 0; p < groups; ++p)
+          compress(&list.kept[p * capacity + count], kept[(p * ROWS + r) * COLUMNS + c], survive);
+        count += __builtin_popcount(survive);
+        if (merged.data) write_merged<T>(merged, weight, row + r, j, lanes, K[r][c] * gate);
       }
+      list.count = count;
     }
   }
 
@@ -125,18 +133,22 @@ struct FactorGrad {
     constexpr int SUMS = 4;
     const Vec<T> b = load(&B.rows[b0]);
     Vec<T> sums[SUMS] = {};
-    auto one = [&](int64_t s, Vec<T>& sum) __attribute__((always_inline)) {
-      int64_t at = a0 + int64_t(list.column[s]) * A.rank;
-      Vec<T> a = load(&A.rows[at]), c = splat(C[s]), moved = load(grad_A + at);
-      Vec<T> d = b - a;
-      sum = KF::distance ? fma(c, d, sum) : fma(c, a, sum);
-      store(grad_A + at, KF::distance ? fma(-c, d, moved) : fma(c, b, moved));
+    const T* rows = &A.rows[a0];
+    T* moved = grad_A + a0;
+    const int32_t* column = list.column.get();
+    const int64_t count = list.count, stride = A.rank;
+    auto one = [=](int64_t s, Vec<T>& sum) __attribute__((always_inline)) {
+      int64_t at = column[s] * stride;
+      Vec<T> a = load(rows + at), c = splat(C[s]), d = a - b;
+      sum = KF::distance ? fma(-c, d, sum) : fma(c, a, sum);
+      store(moved + at, fma(c, KF::distance ? d : b, load(moved + at)));
     };
     int64_t s = 0;
-    for (; s + SUMS <= list.count; s += SUMS)
+    for (; s + SUMS <= count; s += SUMS)
       for (int i = 0; i < SUMS; ++i) one(s + i, sums[i]);
-    for (; s < list.count; ++s) one(s, sums[0]);
+    for (; s < count; ++s) one(s, sums[0]);
     Vec<T> total = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    if (lanes >= LANES<T>) return store(to, load(to) + total);
     for (int l = 0; l < lanes; ++l) to[l] += total[l];
   }
 
@@ -144,15 +156,21 @@ struct FactorGrad {
                   void* grad_A, void* grad_B, void* grad_theta) {
     Operand<T> u(update, KF::grouped);
     Padded<T> A(u, u.A, u.n), B(u, u.B, u.m);
-    std::vector<Padded<T>> parts;
-    for (int t = 0; t < u.threads; ++t) parts.emplace_back(u, nullptr, u.n);
+    // Each thread adds into a dA of its own. One thread alone adds into the caller's, if its rows are padded alike.
+    T* total = static_cast<T*>(grad_A);
+    const bool direct = u.threads == 1 && A.rank == u.rank;
+    std::vector<Buffer<T>> parts;
+    for (int t = 0; t < u.threads && !direct; ++t) {
+      parts.push_back(allocate<T>(u.n * A.rank));
+      std::memset(parts.back().get(), 0, u.n * A.rank * sizeof(T));
+    }
     int num_theta = KF::num_theta(u.groups);
     std::vector<std::vector<double>> theta_parts(u.threads, std::vector<double>(num_theta));
 #pragma omp parallel num_threads(u.threads) if (u.threads > 1)
     {
       int t = omp_get_thread_num(), team = omp_get_num_threads();
-      FactorGrad body{u, A, B, *G, *weight, *merged, parts[t].rows.get(), static_cast<T*>(grad_B), {}, {}, {}, {}};
-      body.lists.assign(ROWS, Survivors<T>(std::min(u.chunk, u.panels) * TILE<T>, u.groups));
+      FactorGrad body{u, A, B, *G, *weight, *merged, direct ? total : parts[t].get(), static_cast<T*>(grad_B), {}, {}, {}, {}};
+      for (int r = 0; r < ROWS; ++r) body.lists.emplace_back(std::min(u.chunk, u.panels) * TILE<T>, u.groups);
       body.kept.resize(u.groups * ROWS * COLUMNS);
       body.theta_lanes.resize(num_theta);
       body.grad_theta.resize(num_theta);
@@ -160,14 +178,14 @@ struct FactorGrad {
       theta_parts[t] = body.grad_theta;
     }
     // Threads' shares are added in the order of their rows, so the same threads give the same bits.
-    T* total = static_cast<T*>(grad_A);
 #pragma omp parallel for num_threads(u.threads) schedule(static) if (u.threads > 1)
     for (int64_t j = 0; j < u.n; ++j)
       for (int p = 0; p < u.groups; ++p)
-        for (int64_t k = 0; k < u.width; ++k) {
-          T sum = 0;
-          for (auto& part : parts) sum += part.rows[j * A.rank + p * A.width + k];
-          total[j * u.rank + p * u.width + k] += sum;
+        for (auto& part : parts) {
+          const T* from = &part[j * A.rank + p * A.width];
+          T* to = total + j * u.rank + p * u.width;
+#pragma omp simd
+          for (int k = 0; k < u.width; ++k) to[k] += from[k];
         }
     for (int i = 0; i < num_theta; ++i) {
       double sum = 0;

@@ -79,25 +79,29 @@ SNELL_EXPORT int snell_factor_grad(const SnellUpdate* u, const SnellMatrix* G, c
   return guarded([&] { table.factor_grad(*u, G, weight, merged, grad_A, grad_B, grad_theta); });
 }
 
-// 128 bits that change with any bit of the data: four lanes of multiply and rotate, folded into two.
-SNELL_EXPORT void snell_fingerprint(const void* data, int64_t bytes, uint64_t* state) {
-  const unsigned char* p = static_cast<const unsigned char*>(data);
-  uint64_t lanes[4] = {state[0], state[1], ~state[0], ~state[1]};
-  auto absorb = [&](const uint64_t* words) {
+// 128 bits that change with any bit of the tensors: four lanes of multiply and fold, folded into two.
+SNELL_EXPORT void snell_fingerprint(int count, const void* const* data, const int64_t* bytes, uint64_t* digest) {
+  uint64_t lanes[4] = {1, 2, 3, 4}, words[4];
+  auto absorb = [&] {
     for (int l = 0; l < 4; ++l) {
       unsigned __int128 product = (unsigned __int128)(lanes[l] ^ words[l]) * 0x9e3779b97f4a7c15;
       lanes[l] = (uint64_t(product) ^ uint64_t(product >> 64)) + words[l] + 0xd1b54a32d192ed03;
     }
   };
-  uint64_t words[4];
-  for (; bytes >= 32; bytes -= 32, p += 32) {
-    std::memcpy(words, p, 32);
-    absorb(words);
+  for (int i = 0; i < count; ++i) {
+    const unsigned char* p = static_cast<const unsigned char*>(data[i]);
+    int64_t left = bytes[i];
+    for (; left >= 32; left -= 32, p += 32) {
+      std::memcpy(words, p, 32);
+      absorb();
+    }
+    std::memset(words, 0, 32);
+    words[3] = uint64_t(left) << 56;  // the rest is under 32 bytes: its last byte is free for their number
+    std::memcpy(words, p, size_t(left));
+    absorb();
   }
-  uint64_t tail[4] = {0, 0, 0, uint64_t(bytes) << 56};
-  std::memcpy(tail, p, size_t(bytes));
-  absorb(tail);
-  absorb(lanes);
-  state[0] = lanes[0] ^ (lanes[2] << 29 | lanes[2] >> 35);
-  state[1] = lanes[1] ^ (lanes[3] << 31 | lanes[3] >> 33);
+  std::memcpy(words, lanes, 32);
+  absorb();
+  digest[0] = lanes[0] ^ (lanes[2] << 29 | lanes[2] >> 35);
+  digest[1] = lanes[1] ^ (lanes[3] << 31 | lanes[3] >> 33);
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from snell import ops as _ops  # noqa: F401  (defines torch.ops.snell)
+from snell import ops
 from snell.spec import Spec
 
 __all__ = ["merge", "select_threshold", "snell_linear"]
@@ -103,10 +103,9 @@ def select_threshold(A: Tensor, B: Tensor, theta: Tensor, *, sparsity: float, ke
 
 def threshold(A: Tensor, B: Tensor, theta: Tensor, spec: Spec) -> Tensor:
     """:func:`select_threshold` of factors that are known to fit: what a layer calls each step."""
-    with torch.no_grad():
-        if spec.sparsity == 0.0:
-            return A.new_zeros(())
-        return torch.ops.snell.select_threshold.default(A, B, theta, spec.sparsity, spec.kernel, spec.groups)
+    if spec.sparsity == 0.0:
+        return A.new_zeros(())
+    return torch.ops.snell.select_threshold.default(A, B, theta, spec.sparsity, spec.kernel, spec.groups)
 
 
 def merge(
@@ -212,6 +211,5 @@ def linear(
         raise ValueError(f"x must be [..., in_features={A.shape[0]}]; got shape {tuple(x.shape)}")
     if x.device != A.device:
         raise ValueError(f"x must be on the factors' device, {A.device}; got {x.device}")
-    return torch.ops.snell.linear.default(
-        x, weight, bias, A, B, theta, tau, spec.kernel, spec.groups, spec.effective_gate
-    )
+    operation = torch.ops.snell.linear.default if torch.compiler.is_compiling() else ops.linear
+    return operation(x, weight, bias, A, B, theta, tau, spec.kernel, spec.groups, spec.effective_gate)

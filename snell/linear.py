@@ -118,9 +118,9 @@ class SnellLinear(nn.Module):
         """``[..., n] -> [..., m]``."""
         if self._merged is not None:
             return nn.functional.linear(x, self.weight, self.bias)
-        return functional.linear(
-            x, self.weight, self.bias, self.snell_A, self.snell_B, self.snell_theta, self.threshold(), self.spec
-        )
+        A, B, theta = self.snell_A, self.snell_B, self.snell_theta
+        tau = functional.threshold(A, B, theta, self.spec)
+        return functional.linear(x, self.weight, self.bias, A, B, theta, tau, self.spec)
 
     def threshold(self) -> Tensor:
         """tau: what an entry's \\|K\\| must exceed to survive. 0-dim, of the factors' dtype and device."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import warnings
-from ctypes import POINTER, Structure, byref, c_char_p, c_int32, c_int64, c_uint64, c_void_p
+from ctypes import POINTER, Structure, byref, c_char_p, c_int, c_int32, c_int64, c_uint64, c_void_p
 from pathlib import Path
 
 import torch
@@ -42,7 +42,7 @@ def _load() -> ctypes.CDLL | None:
     library.snell_merge.argtypes = [POINTER(_Update), POINTER(_Matrix), POINTER(_Matrix)]
     library.snell_select.argtypes = [POINTER(_Update), c_int64, c_void_p]
     library.snell_factor_grad.argtypes = [POINTER(_Update), *[POINTER(_Matrix)] * 3, *[c_void_p] * 3]
-    library.snell_fingerprint.argtypes = [c_void_p, c_int64, POINTER(c_uint64 * 2)]
+    library.snell_fingerprint.argtypes = [c_int, POINTER(c_void_p), POINTER(c_int64), POINTER(c_uint64)]
     library.snell_fingerprint.restype = None
     return library
 
@@ -146,7 +146,7 @@ def factor_grad(
 def fingerprint(*tensors: Tensor) -> tuple[int, int]:
     """128 bits of the tensors' bytes."""
     assert _library is not None
-    state = (c_uint64 * 2)()
-    for tensor in tensors:
-        _library.snell_fingerprint(tensor.data_ptr(), tensor.nbytes, byref(state))
-    return state[0], state[1]
+    count, digest = len(tensors), (c_uint64 * 2)()
+    data = (c_void_p * count)(*(t.data_ptr() for t in tensors))
+    _library.snell_fingerprint(count, data, (c_int64 * count)(*(t.nbytes for t in tensors)), digest)
+    return digest[0], digest[1]

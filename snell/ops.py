@@ -14,6 +14,7 @@ merge_out            write dW (or weight + dW) of a block into ``out``, in its d
 factor_grad          add a block's share of dA, dB and dtheta, given its G = dY^T X; in the same pass,
                      write weight + dW into ``merged`` (which may be G itself)
 merge                dW or weight + dW, whole, differentiable
+merge_backward       its gradients of the factors and theta
 linear               y = x (W0 + dW)^T + bias, differentiable, nothing of size m*n kept; y = x dW^T where
                      there is no weight (a base that cannot be added to: quantised, several adapters)
 linear_backward      its gradients; those not asked for come back as empty tensors
@@ -24,6 +25,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from snell import schedule
 
@@ -38,6 +40,7 @@ for _schema in (
     f"factor_grad(Tensor G, {_FACTORS}, Tensor? weight, Tensor(a!)? merged, Tensor(b!) grad_A, Tensor(c!) grad_B,"
     f" Tensor(d!) grad_theta, {_UPDATE}) -> ()",
     f"merge({_FACTORS}, Tensor? weight, {_UPDATE}) -> Tensor",
+    f"merge_backward(Tensor G, {_FACTORS}, {_UPDATE}) -> (Tensor, Tensor, Tensor)",
     f"linear(Tensor x, Tensor? weight, Tensor? bias, {_FACTORS}, {_UPDATE}) -> Tensor",
     f"linear_backward(Tensor grad_y, Tensor? x, Tensor? weight, {_FACTORS}, {_UPDATE}, bool need_x, bool need_weight,"
     " bool need_bias, bool need_factors) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -47,6 +50,11 @@ for _schema in (
 LIBRARY.impl("linear", schedule.linear_forward, "CompositeExplicitAutograd")
 LIBRARY.impl("linear_backward", schedule.linear_backward, "CompositeExplicitAutograd")
 LIBRARY.impl("merge", schedule.merge, "CompositeExplicitAutograd")
+LIBRARY.impl("merge_backward", schedule.factor_gradients, "CompositeExplicitAutograd")
+
+
+# tau is constant for autograd: its operation passes the Autograd key by, and no output asks for a gradient.
+LIBRARY.impl("select_threshold", torch.library.fallthrough_kernel, "Autograd")
 
 
 @torch.library.register_fake("snell::select_threshold")
@@ -67,6 +75,11 @@ def _(G, A, B, theta, tau, weight, merged, grad_A, grad_B, grad_theta, kernel, g
 @torch.library.register_fake("snell::merge")
 def _(A, B, theta, tau, weight, kernel, groups, gate):
     return (A if weight is None else weight).new_empty(B.shape[0], A.shape[0])
+
+
+@torch.library.register_fake("snell::merge_backward")
+def _(G, A, B, theta, tau, kernel, groups, gate):
+    return tuple(torch.empty_like(t) for t in (A, B, theta))
 
 
 @torch.library.register_fake("snell::linear")
@@ -94,7 +107,7 @@ def _merge_backward(ctx, G):
     A, B, theta, tau = ctx.saved_tensors
     grads: tuple[Tensor | None, ...] = (None, None, None)
     if any(ctx.needs_input_grad[:3]):
-        grads = schedule.factor_gradients(G, A, B, theta, tau, ctx.kernel, ctx.groups, ctx.gate)
+        grads = torch.ops.snell.merge_backward.default(G, A, B, theta, tau, ctx.kernel, ctx.groups, ctx.gate)
     grad_weight = G.to(ctx.weight_dtype) if ctx.needs_input_grad[4] else None
     return *grads, None, grad_weight, None, None, None
 
@@ -102,28 +115,64 @@ def _merge_backward(ctx, G):
 torch.library.register_autograd("snell::merge", _merge_backward, setup_context=_merge_setup)
 
 
-def _linear_setup(ctx, inputs, output):
-    x, weight, _, A, B, theta, tau, ctx.kernel, ctx.groups, ctx.gate = inputs
-    # x serves the gradients of the factors and the weight alone: a layer that trains neither keeps no activation.
-    ctx.save_for_backward(x if any(ctx.needs_input_grad[i] for i in (1, 3, 4, 5)) else None, weight, A, B, theta, tau)
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        x, weight, _, A, B, theta, tau, ctx.kernel, ctx.groups, ctx.gate = inputs
+        need_x, need_weight, _, need_A, need_B, need_theta = ctx.needs_input_grad[:6]
+        # x serves the gradients of the factors and the weight alone: a layer that trains neither keeps no activation.
+        kept_x = x if need_weight or need_A or need_B or need_theta else None
+        ctx.save_for_backward(kept_x, weight, A, B, theta, tau)
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.snell.linear.default(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y):
+        x, weight, A, B, theta, tau = ctx.saved_tensors
+        need_x, need_weight, need_bias, need_A, need_B, need_theta = ctx.needs_input_grad[:6]
+        need_factors = need_A or need_B or need_theta
+        update = (A, B, theta, tau, ctx.kernel, ctx.groups, ctx.gate)
+        grad_x, grad_weight, grad_bias, grad_A, grad_B, grad_theta = torch.ops.snell.linear_backward.default(
+            grad_y, x, weight, *update, need_x, need_weight, need_bias, need_factors
+        )
+        return (
+            grad_x if need_x else None,
+            grad_weight if need_weight else None,
+            grad_bias if need_bias else None,
+            grad_A if need_A else None,
+            grad_B if need_B else None,
+            grad_theta if need_theta else None,
+            *(None,) * 4,
+        )
 
 
-def _linear_backward(ctx, grad_y):
-    x, weight, A, B, theta, tau = ctx.saved_tensors
-    need_x, need_weight, need_bias, *need_factors = ctx.needs_input_grad[:6]
-    needs = (need_x, need_weight, need_bias, any(need_factors))
-    grads = torch.ops.snell.linear_backward.default(
-        grad_y, x, weight, A, B, theta, tau, ctx.kernel, ctx.groups, ctx.gate, *needs
-    )
-    wanted = (need_x, need_weight, need_bias, *need_factors)
-    return *(g if need else None for g, need in zip(grads, wanted, strict=True)), None, None, None, None
+def linear(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    theta: Tensor,
+    tau: Tensor,
+    kernel: str,
+    groups: int,
+    gate: str,
+) -> Tensor:
+    """``snell::linear`` on its Autograd key. Eager callers may call it as a function, a dispatch cheaper."""
+    inputs = (x, weight, bias, A, B, theta, tau, kernel, groups, gate)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs[:6]):
+        return _Linear.apply(*inputs)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.snell.linear.default(*inputs)
 
 
-torch.library.register_autograd("snell::linear", _linear_backward, setup_context=_linear_setup)
+# By hand: what register_autograd builds parses the schema at every call, which costs a small layer as much as its work.
+LIBRARY.impl("linear", linear, "Autograd")
 
 
 def _no_second_order(ctx, *grads):
-    raise RuntimeError("snell.linear is differentiable once: its gate and threshold count as constants in backward")
+    raise RuntimeError("snell is differentiable once: its gate and threshold count as constants in backward")
 
 
-torch.library.register_autograd("snell::linear_backward", _no_second_order)
+torch.library.register_autograd("snell::merge_backward", _no_second_order)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from snell.spec import Spec
+from snell.spec import Spec, num_zeroed
 
 __all__ = ["gate_values", "kernel_matrix", "merge", "select_threshold", "snell_linear"]
 
@@ -27,6 +27,13 @@ def _dot(B: Tensor, A: Tensor) -> Tensor:
     return (B.unsqueeze(1) * A).sum(-1)
 
 
+def _sigmoid(z: Tensor) -> Tensor:
+    # Not torch.sigmoid, whose bits change with an entry's place in its tensor. The exponent never overflows.
+    negative = z < 0
+    e = torch.exp(torch.where(negative, z, -z))
+    return torch.where(negative, e, 1) / (1 + e)
+
+
 def kernel_matrix(A: Tensor, B: Tensor, theta: Tensor, *, kernel: str, groups: int) -> Tensor:
     """``K_ij = kappa(B_i, A_j)`` of shape [m, n], differentiable in A, B and theta."""
     if A.dtype in (torch.float16, torch.bfloat16):
@@ -38,7 +45,7 @@ def kernel_matrix(A: Tensor, B: Tensor, theta: Tensor, *, kernel: str, groups: i
         return _dot(B, A)
     alpha, beta, gamma = theta
     if kernel == "sigmoid":
-        return alpha * torch.sigmoid(beta * _dot(B, A)) + gamma
+        return alpha * _sigmoid(beta * _dot(B, A)) + gamma
     if kernel == "rbf":
         return alpha * torch.exp(-beta * _distance(B, A).square()) + gamma
     raise ValueError(f"kernel is unknown: {kernel!r}")
@@ -59,7 +66,7 @@ def select_threshold(A: Tensor, B: Tensor, theta: Tensor, *, sparsity: float, ke
     """tau, the ceil(s*m*n)-th smallest \\|K\\|; 0 where sparsity is 0."""
     with torch.no_grad():
         magnitudes = kernel_matrix(A, B, theta, kernel=kernel, groups=groups).abs().flatten()
-        k = Spec(A.shape[1], sparsity, kernel, groups).num_zeroed(magnitudes.numel())
+        k = num_zeroed(sparsity, magnitudes.numel())
         return magnitudes.kthvalue(k).values if k else magnitudes.new_zeros(())
 
 

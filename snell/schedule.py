@@ -8,6 +8,11 @@ is allocated: the workspace is bounded whatever the layer.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import repeat
+from types import ModuleType
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -19,6 +24,15 @@ WORKSPACE_BYTES = 16 * 2**20
 BLOCK_MULTIPLE = 64
 
 
+#: The backend of each device type; ``""`` serves the others. A pass calls its block operations as functions: the
+#: dispatcher's round trip for each block would cost a small layer more than its work.
+BACKENDS: dict[str, ModuleType] = {}
+
+
+def _backend(device: torch.device) -> ModuleType:
+    return BACKENDS.get(device.type) or BACKENDS[""]
+
+
 def block_length(bytes_per_line: int, lines: int) -> int:
     """How many rows (or columns) of ``bytes_per_line`` one block holds."""
     length = WORKSPACE_BYTES // max(bytes_per_line, 1)
@@ -27,11 +41,20 @@ def block_length(bytes_per_line: int, lines: int) -> int:
     return max(length - length % BLOCK_MULTIPLE, min(BLOCK_MULTIPLE, lines), 1)
 
 
+def _split(matrix: Tensor | None, length: int, dim: int) -> Iterable[Any]:
+    """Blocks of ``length`` rows (dim 0) or columns (dim 1); None over and over where there is no matrix."""
+    if matrix is None:
+        return repeat(None)
+    return (matrix,) if matrix.shape[dim] <= length else matrix.split(length, dim)
+
+
 def _block(workspace: Tensor, weight: Tensor | None, rows: int, cols: int) -> Tensor:
     """A [rows, cols] block at the head of the workspace, laid out as the weight is (Conv1D's is transposed)."""
+    if workspace.numel() != rows * cols:
+        workspace = workspace[: rows * cols]
     if weight is not None and weight.stride(1) != 1 and weight.stride(0) == 1:
-        return workspace[: rows * cols].view(cols, rows).t()
-    return workspace[: rows * cols].view(rows, cols)
+        return workspace.view(cols, rows).t()
+    return workspace.view(rows, cols)
 
 
 def merge(
@@ -39,7 +62,7 @@ def merge(
 ) -> Tensor:
     """``snell::merge``."""
     out = torch.empty(B.shape[0], A.shape[0], dtype=(A if weight is None else weight).dtype, device=A.device)
-    torch.ops.snell.merge_out.default(A, B, theta, tau, weight, out, kernel, groups, gate)
+    _backend(A.device).merge_out(A, B, theta, tau, weight, out, kernel, groups, gate)
     return out
 
 
@@ -48,7 +71,7 @@ def factor_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``snell::merge_backward``: dA, dB and dtheta from the whole of ``G [m, n]``."""
     grads = torch.zeros_like(A), torch.zeros_like(B), torch.zeros_like(theta)
-    torch.ops.snell.factor_grad.default(G, A, B, theta, tau, None, None, *grads, kernel, groups, gate)
+    _backend(A.device).factor_grad(G, A, B, theta, tau, None, None, *grads, kernel, groups, gate)
     return grads
 
 
@@ -70,18 +93,19 @@ def linear_forward(
     if not y.numel():
         return y
     x2, y2 = x.reshape(-1, n), y.view(-1, m)
-    bias = bias if bias is None else bias.to(x.dtype)
+    if bias is not None and bias.dtype != x.dtype:
+        bias = bias.to(x.dtype)
     rows = block_length(n * x.element_size(), m)
-    workspace = x.new_empty(rows * n)
-    for start in range(0, m, rows):
-        stop = min(start + rows, m)
-        block = _block(workspace, weight, stop - start, n)
-        W_block = None if weight is None else weight[start:stop]
-        torch.ops.snell.merge_out.default(A, B[start:stop], theta, tau, W_block, block, kernel, groups, gate)
-        if bias is None:
-            torch.mm(x2, block.t(), out=y2[:, start:stop])
+    workspace, backend = x.new_empty(rows * n), _backend(x.device)
+    for B_block, W_block, bias_block, y_block in zip(
+        _split(B, rows, 0), _split(weight, rows, 0), _split(bias, rows, 0), _split(y2, rows, 1), strict=False
+    ):
+        block = _block(workspace, weight, B_block.shape[0], n)
+        backend.merge_out(A, B_block, theta, tau, W_block, block, kernel, groups, gate)
+        if bias_block is None:
+            torch.mm(x2, block.t(), out=y_block)
         else:
-            torch.addmm(bias[start:stop], x2, block.t(), out=y2[:, start:stop])
+            torch.addmm(bias_block, x2, block.t(), out=y_block)
     return y
 
 
@@ -111,34 +135,29 @@ def linear_backward(
     factor_grads = tuple(torch.zeros_like(t if need_factors else t[:0]) for t in (A, B, theta))
     need_G = need_weight or need_factors
     if need_G or need_x:
-        x2, dx = None if x is None else x.reshape(-1, n), grad_x.view(-1, n)
+        x2, dx = x.reshape(-1, n) if need_G else None, grad_x.view(-1, n) if need_x else None
         cols = block_length(m * dy.element_size(), n)
-        workspace = dy.new_empty(m * cols)
-        for start in range(0, n, cols):
-            stop = min(start + cols, n)
-            A_block, W_block = A[start:stop], None if weight is None else weight[:, start:stop]
-            block = _block(workspace, weight, m, stop - start)
+        workspace, backend = dy.new_empty(m * cols), _backend(dy.device)
+        for A_block, W_block, x_block, dx_block, dW_block, dA_block in zip(
+            _split(A, cols, 0),
+            _split(weight, cols, 1),
+            _split(x2, cols, 1),
+            _split(dx, cols, 1),
+            _split(grad_weight if need_weight else None, cols, 1),
+            _split(factor_grads[0] if need_factors else None, cols, 0),
+            strict=False,
+        ):
+            block = _block(workspace, weight, m, A_block.shape[0])
             if need_G:
-                torch.mm(dy.t(), x2[:, start:stop], out=block)
-            if need_weight:
-                grad_weight[:, start:stop] = block
-            if need_factors:
-                torch.ops.snell.factor_grad.default(
-                    block,
-                    A_block,
-                    B,
-                    theta,
-                    tau,
-                    W_block if need_x else None,
-                    block if need_x else None,
-                    factor_grads[0][start:stop],
-                    *factor_grads[1:],
-                    kernel,
-                    groups,
-                    gate,
-                )
+                torch.mm(dy.t(), x_block, out=block)
+            if dW_block is not None:
+                dW_block.copy_(block)
+            if dA_block is not None:
+                merged = (W_block, block) if need_x else (None, None)
+                grads = (dA_block, *factor_grads[1:])
+                backend.factor_grad(block, A_block, B, theta, tau, *merged, *grads, kernel, groups, gate)
             elif need_x:
-                torch.ops.snell.merge_out.default(A_block, B, theta, tau, W_block, block, kernel, groups, gate)
-            if need_x:
-                torch.mm(dy, block, out=dx[:, start:stop])
+                backend.merge_out(A_block, B, theta, tau, W_block, block, kernel, groups, gate)
+            if dx_block is not None:
+                torch.mm(dy, block, out=dx_block)
     return grad_x, grad_weight, grad_bias, *factor_grads

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["GATES", "KERNEL_FUNCTIONS", "KernelFunction", "Spec"]
+__all__ = ["GATES", "KERNEL_FUNCTIONS", "KernelFunction", "Spec", "num_zeroed"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,11 @@ KERNEL_FUNCTIONS: dict[str, KernelFunction] = {
 
 #: ``none`` is what ``sparsity == 0`` means: no competition, dW = K.
 GATES = ("soft", "magnitude", "hard", "none")
+
+
+def num_zeroed(sparsity: float, entries: int) -> int:
+    """How many of ``entries`` the competition sets to zero: ceil(s * entries), in float64."""
+    return math.ceil(sparsity * entries)
 
 
 def _choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
@@ -110,7 +115,3 @@ class Spec:
     def initial_theta(self, scale: float) -> list[float]:
         """The scalar parameters at the start of training."""
         return KERNEL_FUNCTIONS[self.kernel].initial_theta(self.groups, _number("scale", scale))
-
-    def num_zeroed(self, entries: int) -> int:
-        """How many of ``entries`` the competition sets to zero: ceil(s * entries), in float64."""
-        return math.ceil(self.sparsity * entries)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from snell import memo
 from snell.reference import gate_values, kernel_matrix
-from snell.spec import KERNEL_FUNCTIONS, Spec
+from snell.spec import KERNEL_FUNCTIONS, num_zeroed
 
 #: Entries of K in a tile times its rank: bounds the products that the reference's dot holds.
 TILE_PRODUCTS = 2**21
@@ -36,7 +36,7 @@ def _select(A: Tensor, B: Tensor, theta: Tensor, sparsity: float, kernel: str, g
     n, m, rank = A.shape[0], B.shape[0], A.shape[1]
     bits = torch.int32 if A.dtype == torch.float32 else torch.int64
     width = 31 if bits is torch.int32 else 63
-    remaining = torch.full((), Spec(rank, sparsity, kernel, groups).num_zeroed(m * n), device=A.device)
+    remaining = torch.full((), num_zeroed(sparsity, m * n), device=A.device)
     prefix = torch.zeros((), dtype=bits, device=A.device)
     for top in range(width, 0, -RADIX_BITS):
         shift = max(top - RADIX_BITS, 0)
@@ -61,6 +61,7 @@ def _fingerprint(*tensors: Tensor) -> bytes:
     return digest.digest()
 
 
+@torch.no_grad()
 def select_threshold(A: Tensor, B: Tensor, theta: Tensor, sparsity: float, kernel: str, groups: int) -> Tensor:
     if A.device.type != "cpu":
         return _select(A, B, theta, sparsity, kernel, groups)
@@ -87,7 +88,7 @@ def merge_out(
 
 def _write(out: Tensor, weight: Tensor | None, delta: Tensor) -> None:
     # Where dW is 0 the base weight passes through untouched: adding +0 would turn -0 into +0.
-    out.copy_(delta if weight is None else torch.where(delta == 0, weight.to(delta.dtype), weight + delta))
+    out.copy_(delta if weight is None else torch.where(delta == 0, weight, weight + delta))
 
 
 def factor_grad(
@@ -111,7 +112,8 @@ def factor_grad(
         H = torch.where(gates == 0, 0, G[i, j].to(K.dtype) * gates)
         if merged is not None:
             _write(merged[i, j], None if weight is None else weight[i, j], K * gates)
-        _accumulate(H, A[j], B[i], theta, grad_A[j], grad_B[i], grad_theta, kernel, groups)
+        with torch.autocast(A.device.type, enabled=False):  # which would round the products to half precision
+            _accumulate(H, A[j], B[i], theta, grad_A[j], grad_B[i], grad_theta, kernel, groups)
 
 
 def _accumulate(

@@ -6,14 +6,15 @@ from torch import Tensor
 
 from snell import memo, native
 from snell.backends.layout import row_major
-from snell.spec import Spec
+from snell.spec import num_zeroed
 
 
 def select_threshold(A: Tensor, B: Tensor, theta: Tensor, sparsity: float, kernel: str, groups: int) -> Tensor:
     A, B, theta = A.contiguous(), B.contiguous(), theta.contiguous()
     key = (native.fingerprint(A, B, theta), A.shape, B.shape, A.dtype, sparsity, kernel, groups)
-    k = Spec(A.shape[1], sparsity, kernel, groups).num_zeroed(A.shape[0] * B.shape[0])
-    return memo.remember(key, lambda: native.select(A, B, theta, k, kernel, groups))
+    return memo.remember(
+        key, lambda: native.select(A, B, theta, num_zeroed(sparsity, A.shape[0] * B.shape[0]), kernel, groups)
+    )
 
 
 def merge_out(

@@ -26,6 +26,8 @@ def row_major(
     Returns:
         The factors, exchanged pair by pair where ``lead`` is stored by columns, and all matrices, lead first.
     """
+    if _has_rows(lead) and all(m is None or _has_rows(m) for m in matrices):
+        return factors, [lead, *matrices]
     everything: tuple[Tensor | None, ...] = (lead, *matrices)
     if not _has_rows(lead) and (lead.stride(0) == 1 or lead.shape[0] == 1):
         factors = tuple(factor for i in range(0, len(factors), 2) for factor in (factors[i + 1], factors[i]))
