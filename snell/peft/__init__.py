@@ -12,9 +12,9 @@ except ImportError as error:
     raise ImportError("snell.peft needs peft and transformers: pip install 'snell[peft]'") from error
 
 from snell.peft.config import SnellConfig
-from snell.peft.layer import SnellLayer
+from snell.peft.layer import AdaptedLinear
 from snell.peft.model import SnellModel
 
-__all__ = ["SnellConfig", "SnellLayer", "SnellModel"]
+__all__ = ["AdaptedLinear", "SnellConfig", "SnellModel"]
 
 register_peft_method(name="snell", config_cls=SnellConfig, model_cls=SnellModel)

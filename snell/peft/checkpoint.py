@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
 
+_NAMES = ("snell_A", "snell_B", "snell_theta")
 
-def complaints(layer: nn.Module, state_dict: dict[str, Any], prefix: str) -> Iterator[str]:
-    """One message for each of the layer's tensors that is missing from its adapter's checkpoint or is not finite.
+
+def not_finite(layer: nn.Module, state_dict: dict[str, Any], prefix: str) -> Iterator[str]:
+    """One message for each of the layer's tensors whose values in the checkpoint are not finite."""
+    for key in _keys(layer, prefix):
+        tensor = state_dict.get(key)
+        if tensor is not None and not tensor.is_meta and not tensor.isfinite().all():
+            yield f"{key} holds NaN or infinite values: the checkpoint is broken"
+
+
+def missing(layers: Iterable[tuple[str, nn.Module]], state_dict: dict[str, Any]) -> Iterator[str]:
+    """One message for each tensor of the named layers that the checkpoint of their adapter lacks.
 
     A state dict may hold some adapters of a model and not others; one that holds an adapter holds all of it.
     """
-    for names in ("snell_A", "snell_B", "snell_theta"):
-        for adapter in getattr(layer, names):
-            key = f"{prefix}{names}.{adapter}"
-            tensor = state_dict.get(key)
-            if tensor is None:
-                if any(other.endswith(f".snell_A.{adapter}") for other in state_dict):
-                    yield f"{key} is missing from the checkpoint: it was saved from another model or configuration"
-            elif not tensor.is_meta and not tensor.isfinite().all():
-                yield f"{key} holds NaN or infinite values: the checkpoint is broken"
+    held = {key.rpartition(".")[2] for key in state_dict if any(f".{name}." in key for name in _NAMES)}
+    for prefix, layer in layers:
+        for key in _keys(layer, prefix):
+            if key not in state_dict and key.rpartition(".")[2] in held:
+                yield f"{key} is missing from the checkpoint: it was saved from another model or configuration"
+
+
+def _keys(layer: nn.Module, prefix: str) -> Iterator[str]:
+    return (f"{prefix}{name}.{adapter}" for name in _NAMES for adapter in getattr(layer, name))

@@ -16,11 +16,13 @@ from snell.peft.config import SnellConfig
 from snell.spec import KERNEL_FUNCTIONS, Spec
 from snell.update import Merged, Update, draw, draw_identity, merge_into
 
-__all__ = ["SnellLayer"]
+__all__ = ["AdaptedLinear"]
 
 
-class SnellLayer(nn.Module, BaseTunerLayer):
+class AdaptedLinear(nn.Module, BaseTunerLayer):
     """``y = base(x) + sum over active adapters of x dW^T``; one GEMM where one adapter meets a float weight.
+
+    By PEFT's convention "Linear" in the name of its class makes an adapted layer a target of "all-linear".
 
     Args:
         base_layer: an nn.Linear, a Conv1D, or an opaque layer with in_features and out_features.
@@ -193,7 +195,7 @@ class SnellLayer(nn.Module, BaseTunerLayer):
             A = self.snell_A[name]
             self.snell_constants[name] = torch.tensor(theta, dtype=_full(A).dtype, device=A.device)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SnellLayer:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedLinear:
         # Another device or dtype may decide survivors by other bits, so merged updates come out first.
         merged = list(self.merged_adapters)
         if merged:
@@ -206,7 +208,7 @@ class SnellLayer(nn.Module, BaseTunerLayer):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        args[-1].extend(checkpoint.complaints(self, state_dict, prefix))
+        args[-1].extend(checkpoint.not_finite(self, state_dict, prefix))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __repr__(self) -> str:

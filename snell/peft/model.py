@@ -14,8 +14,9 @@ from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from snell.peft import checkpoint
 from snell.peft.config import SnellConfig
-from snell.peft.layer import SnellLayer
+from snell.peft.layer import AdaptedLinear
 
 __all__ = ["SnellModel"]
 
@@ -31,7 +32,7 @@ class SnellModel(BaseTuner):
     """
 
     prefix: str = "snell_"
-    tuner_layer_cls = SnellLayer
+    tuner_layer_cls = AdaptedLinear
     target_module_mapping: dict[str, Any] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def _check_new_adapter_config(self, config: SnellConfig) -> None:  # type: ignore[override]
@@ -53,11 +54,11 @@ class SnellModel(BaseTuner):
             _by_pattern(config.rank_pattern, current_key, config.r),
             _by_pattern(config.sparsity_pattern, current_key, config.sparsity),
         )
-        if isinstance(target, SnellLayer):
+        if isinstance(target, AdaptedLinear):
             target.update_layer(adapter_name, spec, config)
             return
         _check_target(target, parent, current_key)
-        layer = SnellLayer(
+        layer = AdaptedLinear(
             target,
             adapter_name,
             spec,
@@ -69,6 +70,12 @@ class SnellModel(BaseTuner):
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # PEFT warns of missing tensors and goes on with random ones.
+        layers = ((f"{prefix}{name}.", m) for name, m in self.named_modules() if isinstance(m, AdaptedLinear))
+        args[-1].extend(checkpoint.missing(layers, state_dict))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """For the time of one forward: tell every layer which adapter each sample of the batch asks for."""
@@ -78,7 +85,7 @@ class SnellModel(BaseTuner):
             return
         if self.training:
             raise ValueError("adapter_names is for inference; call model.eval() first")
-        known = {name for layer in self.modules() if isinstance(layer, SnellLayer) for name in layer.snell_A}
+        known = {name for layer in self.modules() if isinstance(layer, AdaptedLinear) for name in layer.snell_A}
         if unknown := sorted(set(names) - known - {"__base__"}):
             raise ValueError(f"adapter_names holds non-existing adapter(s): {', '.join(unknown)}")
         # Beam search repeats each sample in the decoder, after the encoder has seen it once.
@@ -91,7 +98,7 @@ class SnellModel(BaseTuner):
                 partial(_pass_names, names=names if module in in_encoder else repeated), with_kwargs=True
             )
             for module in self.modules()
-            if isinstance(module, (SnellLayer, AuxiliaryTrainingWrapper))
+            if isinstance(module, (AdaptedLinear, AuxiliaryTrainingWrapper))
         ]
         try:
             yield

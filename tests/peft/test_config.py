@@ -1,0 +1,64 @@
+"""SnellConfig says no to what does not fit, and survives a round trip through JSON."""
+
+import json
+
+import pytest
+from peft import PeftConfig
+
+from snell.peft import SnellConfig
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "named"),
+    [
+        ({"r": 0}, ValueError, "r must be"),
+        ({"r": 2.0}, ValueError, "r must be"),
+        ({"r": 5}, ValueError, "multiple of groups"),
+        ({"sparsity": 1.0}, ValueError, "sparsity"),
+        ({"sparsity": float("nan")}, ValueError, "sparsity"),
+        ({"sparsity": "0.9"}, TypeError, "sparsity"),
+        ({"kernel": "gaussian"}, ValueError, "kernel"),
+        ({"groups": 0}, ValueError, "groups"),
+        ({"gate": "none at all"}, ValueError, "gate"),
+        ({"scale": "big"}, TypeError, "scale"),
+        ({"dropout": 1.0}, ValueError, "dropout"),
+        ({"dropout": -0.1}, ValueError, "dropout"),
+        ({"train_theta": "yes"}, ValueError, "train_theta"),
+        ({"init_weights": "lora"}, ValueError, "init_weights"),
+        ({"bias": "lora_only"}, ValueError, "bias"),
+        ({"rank_pattern": {"q": 3}}, ValueError, "multiple of groups"),
+        ({"sparsity_pattern": {"q": 2.0}}, ValueError, "sparsity"),
+        ({"target_modules": "q", "layers_to_transform": [0]}, ValueError, "layers_to_transform"),
+        ({"layers_pattern": "h"}, ValueError, "layers_pattern"),
+    ],
+)
+def test_a_setting_that_does_not_fit_is_named(settings, error, named):
+    with pytest.raises(error, match=named):
+        SnellConfig(**settings)
+
+
+def test_a_saved_config_holds_plain_values_and_comes_back_equal(tmp_path):
+    config = SnellConfig(
+        r=6,
+        sparsity=0.75,
+        kernel="sigmoid",
+        target_modules=["q", "v"],
+        exclude_modules=["k"],
+        modules_to_save=["classifier"],
+        rank_pattern={"v": 2},
+        sparsity_pattern={"v": 0.5},
+    )
+    config.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+
+    def plain(value):
+        if isinstance(value, dict):
+            return all(isinstance(key, str) and plain(item) for key, item in value.items())
+        if isinstance(value, list):
+            return all(map(plain, value))
+        return value is None or isinstance(value, (str, int, float, bool))
+
+    assert saved["peft_type"] == "SNELL"
+    assert plain(saved)
+    assert PeftConfig.from_pretrained(tmp_path) == config
+    assert SnellConfig.from_pretrained(tmp_path) == config
