@@ -29,8 +29,9 @@ from transformers.utils import logging
 
 from bench.demo_data import Domains, Images, draw_few, load_domains
 from bench.demo_methods import METHODS, Method, map_backbone, new_vit, shown_layer, weight_change
-from bench.demo_report import Result, draw, machine_facts, table
-from bench.demo_training import BATCH, accuracy, num_trainable, saved_bytes, step_seconds, train
+from bench.demo_report import Result, draw, table
+from bench.demo_training import BATCH, accuracy, costs, num_trainable, train
+from bench.machine import machine_facts
 from snell import SnellLinear
 
 __all__ = ["Settings", "main", "reload_merged", "run"]
@@ -114,10 +115,9 @@ def run(out: Path, settings: Settings | None = None, methods: Sequence[Method] =
     results, models = [result for result, _ in rows], [model for _, model in rows]
 
     batch = transfer.few(settings.seeds[0])[torch.arange(BATCH)]
-    for result, model in zip(results, models, strict=True):
-        result.trainable, result.saved_bytes = num_trainable(model), saved_bytes(model, batch)
-    for result, seconds in zip(results, step_seconds(models, batch, settings.timed_steps), strict=True):
-        result.step_seconds = seconds
+    for result, model, cost in zip(results, models, costs(models, batch, settings.timed_steps), strict=True):
+        result.trainable = num_trainable(model)
+        result.saved_bytes, result.step_seconds = cost
 
     source = accuracy(transfer.pretrained, domains.source_test)
     untuned = accuracy(transfer.pretrained, domains.target_test)

@@ -7,6 +7,7 @@ stands in both domains, nor in two splits.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -20,13 +21,14 @@ CLASSES = 10
 NOISE = 0.1
 
 
-class Images(NamedTuple):
+@dataclass(frozen=True)
+class Images:
     """``pixels`` [N, 1, 8, 8] float32 about [-1, 1], ``labels`` [N] int64."""
 
     pixels: Tensor
     labels: Tensor
 
-    def __getitem__(self, index: Tensor) -> Images:  # type: ignore[override]
+    def __getitem__(self, index: Tensor) -> Images:
         return Images(self.pixels[index], self.labels[index])
 
     def __len__(self) -> int:

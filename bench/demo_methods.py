@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -18,6 +18,8 @@ from snell import SnellLinear
 __all__ = ["METHODS", "RANK", "Method", "map_backbone", "new_vit", "shown_layer", "weight_change"]
 
 RANK = 8
+
+Layer = TypeVar("Layer", bound=nn.Module)
 
 
 class Method(NamedTuple):
@@ -43,7 +45,7 @@ def new_vit() -> ViTForImageClassification:
     return ViTForImageClassification(config)
 
 
-def map_backbone(model: nn.Module, kind: type[nn.Module], make: Callable[[nn.Module], nn.Module]) -> nn.Module:
+def map_backbone(model: nn.Module, kind: type[Layer], make: Callable[[Layer], nn.Module]) -> nn.Module:
     """Put ``make(layer)`` in the place of every layer of ``kind`` but the head."""
     for name, layer in list(model.named_modules()):
         if isinstance(layer, kind) and name != "classifier":
@@ -72,11 +74,13 @@ def _snell(pretrained: nn.Module) -> nn.Module:
     return map_backbone(_probe(pretrained), nn.Linear, lambda linear: SnellLinear.from_linear(linear, rank=RANK))
 
 
+# SNELL's rates are high because its update starts small: with the default scale of 0.1 every |K| is at most a tenth of
+# a distance, and the soft gate multiplies K by what |K| has above tau, so that dW grows with the square of both.
 METHODS = (
-    Method("linear probe", _probe, (3e-3, 1e-2, 3e-2, 1e-1)),
+    Method("linear probe", _probe, (1e-2, 3e-2, 1e-1, 3e-1)),
     Method("full fine-tuning", _with_new_head, (3e-4, 1e-3, 3e-3, 1e-2)),
     Method("LoRA (PEFT)", _lora, (1e-3, 3e-3, 1e-2, 3e-2)),
-    Method("SNELL", _snell, (1e-2, 3e-2, 1e-1, 3e-1)),
+    Method("SNELL", _snell, (3e-2, 1e-1, 3e-1, 1.0)),
 )
 
 

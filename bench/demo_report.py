@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,9 +13,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from bench.demo_data import CLASSES, Domains, Images
-from snell import backends
 
-__all__ = ["Result", "draw", "machine_facts", "table"]
+__all__ = ["Result", "draw", "table"]
 
 COLOURS = {"linear probe": "#9aa0a6", "full fine-tuning": "#5f6b7a", "LoRA (PEFT)": "#e08e45", "SNELL": "#1f77b4"}
 
@@ -57,24 +54,6 @@ def table(results: Sequence[Result]) -> str:
             f"| {r.step_seconds * 1e3:.1f} ms | {r.learning_rate:g}{' (edge of its grid)' if edge else ''} |"
         )
     return "\n".join(lines)
-
-
-def machine_facts() -> dict[str, object]:
-    """What a reader needs to judge a time; nothing that names the machine."""
-    cpuinfo = Path("/proc/cpuinfo")
-    models = [
-        line.partition(":")[2].strip()
-        for line in (cpuinfo.read_text().splitlines() if cpuinfo.exists() else [])
-        if line.startswith("model name")
-    ]
-    return {
-        "cpu": models[0] if models else platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "backend": "native" if "cpu" in backends.AVAILABLE else "blocked PyTorch",
-    }
 
 
 def _sheet(axes: Axes, images: Images, rows: int, title: str) -> None:

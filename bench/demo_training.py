@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench.demo_data import Images
+from bench.measure import interleaved, saved_bytes
 
-__all__ = ["accuracy", "num_trainable", "saved_bytes", "step_seconds", "train"]
+__all__ = ["accuracy", "costs", "num_trainable", "train"]
 
 BATCH = 32
 
@@ -25,6 +26,11 @@ def _trainable(model: nn.Module) -> list[nn.Parameter]:
 def num_trainable(model: nn.Module) -> int:
     """Trainable parameters, counted one by one."""
     return sum(p.numel() for p in _trainable(model))
+
+
+def _optimizer(model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    # Fused, since a small model's step is mostly calls.
+    return torch.optim.AdamW(_trainable(model), lr=lr, weight_decay=0.0, fused=True)
 
 
 def _loss(model: nn.Module, batch: Images) -> Tensor:
@@ -42,7 +48,7 @@ def train(
 ) -> None:
     """AdamW over random batches; the rate warms up over a tenth of the steps, then falls along a cosine."""
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(_trainable(model), lr=lr, weight_decay=0.0)
+    optimizer = _optimizer(model, lr)
     warmup = max(1, steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / warmup) * (1 + math.cos(math.pi * step / steps)) / 2
@@ -61,33 +67,13 @@ def accuracy(model: nn.Module, data: Images) -> float:
     return 100 * (model(pixel_values=data.pixels).logits.argmax(1) == data.labels).double().mean().item()
 
 
-def saved_bytes(model: nn.Module, batch: Images) -> int:
-    """Bytes that autograd keeps between forward and backward: each storage once, parameters left out."""
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    # Holding the tensors keeps an address from being given out twice.
-    saved: list[Tensor] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        saved.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = _loss(model, batch)
-    sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}
-    del loss
-    return sum(size for address, size in sizes.items() if address not in parameters)
-
-
-def step_seconds(models: Sequence[nn.Module], batch: Images, repetitions: int) -> list[float]:
-    """Median seconds of a training step of each model, taking turns so that the machine's moods hit all alike."""
+def costs(models: Sequence[nn.Module], batch: Images, repetitions: int) -> list[tuple[int, float]]:
+    """Of each model's training step: bytes kept between forward and backward, and median seconds."""
     # A rate of 0 costs what any other does and leaves the models as they are.
-    optimizers = [torch.optim.AdamW(_trainable(model), lr=0.0) for model in models]
-    seconds: list[list[float]] = [[] for _ in models]
-    for _ in range(repetitions):
-        for model, optimizer, taken in zip(models, optimizers, seconds, strict=True):
-            start = time.perf_counter()
-            _step(model.train(), optimizer, batch)
-            taken.append(time.perf_counter() - start)
+    optimizers = [_optimizer(model.train(), lr=0.0) for model in models]
+    kept = [saved_bytes(lambda model=model: _loss(model, batch), model.parameters()) for model in models]
+    steps = [partial(_step, model, optimizer, batch) for model, optimizer in zip(models, optimizers, strict=True)]
+    seconds = interleaved(steps, "cpu", repetitions, lambda: None)
     for model in models:
         model.eval()
-    return [statistics.median(taken) for taken in seconds]
+    return list(zip(kept, map(statistics.median, seconds), strict=True))
