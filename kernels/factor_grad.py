@@ -1,0 +1,262 @@
+"""dA, dB and dtheta from a block of G = dY^T X, in one reading of G.
+
+With ``H = G * gate(|K|)`` and C its slope by the pair statistic (``kappa.statistic_slope``)::
+
+    dB = rowsum(C) * B - C A        dA = colsum(C) * A - C^T B        (distances)
+    dB = C A                        dA = C^T B                        (dot products)
+    dtheta = sum(H * dK/dtheta)
+
+A program owns one [BLOCK_M, BLOCK_N] tile: it reads G once, writes W0 + dW of the same tile if asked
+(over G itself, if asked), and leaves its share of the three sums in a workspace of its own. dB needs row
+sums and dA column sums of the same C; no program can own both, so shares are added afterwards, by one
+program an output, always in the same order: the same bits every run, without atomics.
+
+The two products run on tensor cores as three tf32 products, which keeps float32's accuracy; they decide
+nothing about survivors. Shares take ``r (1/BLOCK_M + 1/BLOCK_N)`` numbers an entry, so the launcher goes
+by bands of rows that keep them within WORKSPACE_BYTES, which stay in the L2 cache.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from snell.kernels import launch
+from snell.kernels.kappa import gate_value, kernel_value, pair_statistics, statistic_slope, theta_slope
+from snell.kernels.merge import add_update, tile_indices, tile_pointers
+
+#: Shares of one band. Small beside a 40 MiB L2 cache, yet 650 tiles of work at r = 32.
+WORKSPACE_BYTES = 8 * 2**20
+
+#: Outputs of one reducing program, and shares it adds at a time.
+REDUCE_OUTPUTS = 64
+REDUCE_SHARES = 32
+
+
+@triton.jit
+def _products(
+    C,
+    a_ptr,
+    b_ptr,
+    a_stride,
+    b_stride,
+    share_a_ptr,
+    share_b_ptr,
+    rows,
+    cols,
+    row_mask,
+    col_mask,
+    FIRST: tl.constexpr,
+    COUNT: tl.constexpr,
+    RANK: tl.constexpr,
+    DISTANCE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """This tile's share of both products for the columns FIRST : FIRST + COUNT of the factors."""
+    cols, col_mask = tl.trans(cols), tl.trans(col_mask)
+    for start in tl.static_range(FIRST, FIRST + COUNT, BLOCK_R):
+        k = (start + tl.arange(0, BLOCK_R))[None, :]
+        a_mask = col_mask & (k < FIRST + COUNT)
+        b_mask = row_mask & (k < FIRST + COUNT)
+        a = tl.load(a_ptr + cols + k * a_stride, a_mask, 0.0)
+        grad_b = tl.dot(C, a, input_precision="tf32x3")
+        b = tl.load(b_ptr + rows + k * b_stride, b_mask, 0.0)
+        if DISTANCE:
+            grad_b = tl.sum(C, 1)[:, None] * b - grad_b
+        tl.store(share_b_ptr + rows.to(tl.int64) * RANK + k, grad_b, b_mask)
+        grad_a = tl.dot(tl.trans(C), b, input_precision="tf32x3")
+        if DISTANCE:
+            grad_a = tl.sum(C, 0)[:, None] * a - grad_a
+        tl.store(share_a_ptr + cols.to(tl.int64) * RANK + k, grad_a, a_mask)
+
+
+@triton.jit
+def factor_grad_kernel(
+    a_ptr,
+    b_ptr,
+    theta_ptr,
+    tau_ptr,
+    G_ptr,
+    weight_ptr,
+    merged_ptr,
+    share_a_ptr,
+    share_b_ptr,
+    share_theta_ptr,
+    a_stride,
+    b_stride,
+    G_row_stride,
+    G_col_stride,
+    weight_row_stride,
+    weight_col_stride,
+    merged_row_stride,
+    merged_col_stride,
+    m,
+    n,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_MERGED: tl.constexpr,
+    NUM_THETA: tl.constexpr,
+    RANK: tl.constexpr,
+    GROUPS: tl.constexpr,
+    KERNEL: tl.constexpr,
+    GATE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Shares: A's ``[row tiles, n, RANK]``, B's ``[column tiles, m, RANK]``, theta's ``[tiles, NUM_THETA]``."""
+    tile = tl.program_id(0)
+    rows, cols, row_mask, col_mask = tile_indices(tile, m, n, BLOCK_M, BLOCK_N)
+    statistics = pair_statistics(b_ptr, a_ptr, b_stride, a_stride, rows, cols, row_mask, col_mask, RANK, GROUPS, KERNEL)
+    K = kernel_value(statistics, theta_ptr, KERNEL)
+    gate = gate_value(K, tau_ptr, GATE)
+    mask = row_mask & col_mask
+    G = tl.load(tile_pointers(G_ptr, rows, cols, G_row_stride, G_col_stride), mask, 0.0)
+    H = tl.where(gate == 0.0, 0.0, G.to(tl.float32) * gate)
+    if HAS_MERGED:
+        # Every thread has its part of G before any of it is overwritten, whatever layouts the two got.
+        tl.debug_barrier()
+        out_dtype = merged_ptr.dtype.element_ty
+        if HAS_WEIGHT:
+            weight = tl.load(tile_pointers(weight_ptr, rows, cols, weight_row_stride, weight_col_stride), mask)
+            merged = add_update(weight, K, gate, out_dtype)
+        else:
+            merged = (K * gate).to(out_dtype)
+        tl.store(tile_pointers(merged_ptr, rows, cols, merged_row_stride, merged_col_stride), merged, mask)
+    # Padding has factors of 0, and so may have a K of its own: its H must not count.
+    H = tl.where(mask, H, 0.0)
+    for t in tl.static_range(NUM_THETA):
+        tl.store(
+            share_theta_ptr + tile.to(tl.int64) * NUM_THETA + t,
+            tl.sum(theta_slope(H, statistics, theta_ptr, t, KERNEL)),
+        )
+    across = tl.cdiv(n, BLOCK_N)
+    COUNT: tl.constexpr = RANK // GROUPS if KERNEL == "piecewise_linear" else RANK
+    for p in tl.static_range(RANK // COUNT):
+        _products(
+            statistic_slope(H, statistics, theta_ptr, p, KERNEL),
+            a_ptr,
+            b_ptr,
+            a_stride,
+            b_stride,
+            share_a_ptr + (tile // across).to(tl.int64) * n * RANK,
+            share_b_ptr + (tile % across).to(tl.int64) * m * RANK,
+            rows,
+            cols,
+            row_mask,
+            col_mask,
+            p * COUNT,
+            COUNT,
+            RANK,
+            KERNEL == "piecewise_linear" or KERNEL == "rbf",
+            BLOCK_R,
+        )
+
+
+@triton.jit
+def _add_shares(share_ptr, grad_ptr, start, size, shares, OUTPUTS: tl.constexpr, SHARES: tl.constexpr):
+    i = start.to(tl.int64) * OUTPUTS + tl.arange(0, OUTPUTS)
+    total = tl.zeros([SHARES, OUTPUTS], tl.float32)
+    for first in range(0, shares, SHARES):
+        s = first + tl.arange(0, SHARES)
+        mask = (s < shares)[:, None] & (i < size)[None, :]
+        total += tl.load(share_ptr + s.to(tl.int64)[:, None] * size + i[None, :], mask, 0.0)
+    grad = tl.load(grad_ptr + i, i < size)
+    tl.store(grad_ptr + i, grad + tl.sum(total, 0), i < size)
+
+
+@triton.jit
+def add_shares_kernel(
+    share_a_ptr,
+    share_b_ptr,
+    share_theta_ptr,
+    grad_a_ptr,
+    grad_b_ptr,
+    grad_theta_ptr,
+    size_a,
+    size_b,
+    size_theta,
+    shares_a,
+    shares_b,
+    OUTPUTS: tl.constexpr,
+    SHARES: tl.constexpr,
+):
+    """grad += its shares, summed in one fixed order; a program owns OUTPUTS numbers of one gradient."""
+    program = tl.program_id(0)
+    programs_a, programs_b = tl.cdiv(size_a, OUTPUTS), tl.cdiv(size_b, OUTPUTS)
+    if program < programs_a:
+        _add_shares(share_a_ptr, grad_a_ptr, program, size_a, shares_a, OUTPUTS, SHARES)
+    elif program < programs_a + programs_b:
+        _add_shares(share_b_ptr, grad_b_ptr, program - programs_a, size_b, shares_b, OUTPUTS, SHARES)
+    else:
+        start = program - programs_a - programs_b
+        _add_shares(share_theta_ptr, grad_theta_ptr, start, size_theta, shares_a * shares_b, OUTPUTS, SHARES)
+
+
+def block_r(rank: int, groups: int, kernel: str) -> int:
+    """Columns of the factors one product covers: 16 is the least a matrix instruction takes."""
+    count = rank // groups if kernel == "piecewise_linear" else rank
+    return 16 if count <= 16 else 32
+
+
+def factor_grad(
+    G: Tensor,
+    A: Tensor,
+    B: Tensor,
+    theta: Tensor,
+    tau: Tensor,
+    weight: Tensor | None,
+    merged: Tensor | None,
+    grad_A: Tensor,
+    grad_B: Tensor,
+    grad_theta: Tensor,
+    kernel: str,
+    groups: int,
+    gate: str,
+) -> None:
+    """``snell::factor_grad`` with float32 factors; G, weight and merged may have any strides."""
+    (m, n), rank = G.shape, A.shape[1]
+    row = launch.row("factor_grad", G)
+    A, B = launch.k_major(A), launch.k_major(B)
+    across = -(-n // row.block_n)
+    # Numbers one band of block_m rows leaves behind, and how many bands a workspace holds.
+    band = row.block_m * rank * across + n * rank + across * theta.numel()
+    height = row.block_m * max(1, WORKSPACE_BYTES // (4 * band))
+    if not (grad_A.is_contiguous() and grad_B.is_contiguous()):
+        raise ValueError("grad_A and grad_B must be contiguous")
+    for start in range(0, m, height):
+        stop = min(start + height, m)
+        rows, down = stop - start, -(-(stop - start) // row.block_m)
+        shares = [G.new_empty(size, dtype=torch.float32) for size in (down * n * rank, across * rows * rank)]
+        shares.append(G.new_empty(down * across * theta.numel(), dtype=torch.float32))
+        g = G[start:stop]
+        w = g if weight is None else weight[start:stop]
+        out = g if merged is None else merged[start:stop]
+        b = B[start:stop]
+        launch.run(
+            factor_grad_kernel,
+            down * across,
+            (A, b, theta, tau, g, w, out, *shares, A.stride(1), b.stride(1), *g.stride(), *w.stride(), *out.stride())
+            + (rows, n),
+            row,
+            HAS_WEIGHT=weight is not None,
+            HAS_MERGED=merged is not None,
+            NUM_THETA=theta.numel(),
+            RANK=rank,
+            GROUPS=groups,
+            KERNEL=kernel,
+            GATE=gate,
+            BLOCK_R=block_r(rank, groups, kernel),
+            BLOCK_M=row.block_m,
+            BLOCK_N=row.block_n,
+        )
+        grads = grad_A, grad_B[start:stop], grad_theta
+        sizes = [grad.numel() for grad in grads]
+        launch.run(
+            add_shares_kernel,
+            sum(-(-size // REDUCE_OUTPUTS) for size in sizes),
+            (*shares, *grads, *sizes, down, across),
+            OUTPUTS=REDUCE_OUTPUTS,
+            SHARES=REDUCE_SHARES,
+        )

@@ -1,0 +1,151 @@
+"""Kernel functions on the device: pair statistic, scalar function, gate. Every kernel calls these.
+
+K of an entry has the same bits in every kernel, because here stands all that may decide them: the rank
+axis is summed entry by entry in ascending order with explicit fused multiply-adds, so neither the tile
+nor the position in it nor the layout changes the order, and every launch turns the compiler's own fusing
+off (``enable_fp_fusion=False``), so nothing around a call changes its rounding.
+
+Distances are summed as ``(b - a)^2``. ``|b|^2 + |a|^2 - 2 a.b`` on tensor cores would be cheaper, but it
+cancels where b is near a (an absolute error of 1e-7 (|a|^2 + |b|^2) under a square root), its bits depend
+on the instruction a tile shape gets, and splitting, norms and a guard against the cancellation take back
+much of what the tensor core saves. The price: 2 r operations an entry, 15e9 lane operations at
+28672 x 8192 and r = 32, against 60 TFLOP/s of fp32 (30e12 fused lane operations a second): 0.5 ms by that
+count, beside 4.9 ms for one GEMM of 8192 tokens at 790 TFLOP/s. A dot product is half of it.
+
+Factors come k-major (one column of the rank axis contiguous, see ``launch.k_major``): a load of one k is
+then coalesced and 16 bytes wide. Up to UNROLLED columns the loop is unrolled, which lets the compiler
+give K the layout of the tile it is combined with; no value crosses shared memory.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+#: Columns of one group whose loop is unrolled. Longer ones loop: 64 columns are already 80 kB of code.
+UNROLLED = tl.constexpr(64)
+
+
+@triton.jit
+def _pair_statistic(
+    b_ptr,
+    a_ptr,
+    b_stride,
+    a_stride,
+    row_mask,
+    col_mask,
+    FIRST: tl.constexpr,
+    COUNT: tl.constexpr,
+    DISTANCE: tl.constexpr,
+):
+    """Squared distance or dot product of columns FIRST : FIRST + COUNT."""
+    acc = tl.zeros((row_mask & col_mask).shape, tl.float32)
+    for k in tl.range(FIRST, FIRST + COUNT, loop_unroll_factor=COUNT if COUNT <= UNROLLED else 8):
+        b = tl.load(b_ptr + k * b_stride, row_mask, 0.0)
+        a = tl.load(a_ptr + k * a_stride, col_mask, 0.0)
+        if DISTANCE:
+            d = b - a
+            acc = tl.fma(d, d, acc)
+        else:
+            acc = tl.fma(tl.broadcast_to(b, acc.shape), tl.broadcast_to(a, acc.shape), acc)
+    return acc
+
+
+@triton.jit
+def pair_statistics(
+    b_ptr,
+    a_ptr,
+    b_stride,
+    a_stride,
+    rows,
+    cols,
+    row_mask,
+    col_mask,
+    RANK: tl.constexpr,
+    GROUPS: tl.constexpr,
+    KERNEL: tl.constexpr,
+):
+    """A tuple: the norms per group, the squared distance (rbf) or the dot product.
+
+    ``rows [M, 1]`` and ``cols [1, N]`` give [M, N] of every pair; of equal shape they give the pairs themselves.
+    """
+    DISTANCE: tl.constexpr = KERNEL == "piecewise_linear" or KERNEL == "rbf"
+    COUNT: tl.constexpr = RANK // GROUPS if KERNEL == "piecewise_linear" else RANK
+    statistics = ()
+    for p in tl.static_range(RANK // COUNT):
+        s = _pair_statistic(
+            b_ptr + rows, a_ptr + cols, b_stride, a_stride, row_mask, col_mask, p * COUNT, COUNT, DISTANCE
+        )
+        statistics = statistics + (tl.sqrt(s) if KERNEL == "piecewise_linear" else s,)  # noqa: RUF005 (Triton's own tuples)
+    return statistics
+
+
+@triton.jit
+def unit_value(statistics, theta_ptr, KERNEL: tl.constexpr):
+    """What sigmoid and rbf scale by alpha and shift by gamma."""
+    beta = tl.load(theta_ptr + 1)
+    if KERNEL == "sigmoid":
+        return 1.0 / (1.0 + tl.exp(-(beta * statistics[0])))
+    return tl.exp(-(beta * statistics[0]))
+
+
+@triton.jit
+def kernel_value(statistics, theta_ptr, KERNEL: tl.constexpr):
+    """K."""
+    if KERNEL == "linear":
+        return statistics[0]
+    if KERNEL == "piecewise_linear":
+        K = tl.load(theta_ptr) * statistics[0]
+        for p in tl.static_range(1, len(statistics)):
+            K = tl.fma(tl.zeros_like(K) + tl.load(theta_ptr + p), statistics[p], K)
+        return K
+    unit = unit_value(statistics, theta_ptr, KERNEL)
+    zero = tl.zeros_like(unit)
+    return tl.fma(unit, zero + tl.load(theta_ptr), zero + tl.load(theta_ptr + 2))
+
+
+@triton.jit
+def gate_value(K, tau_ptr, GATE: tl.constexpr):
+    """The factor of K: 0 for losers, NaN for NaN."""
+    a = tl.abs(K)
+    if GATE == "none":
+        return tl.full(K.shape, 1.0, tl.float32)
+    tau = tl.load(tau_ptr)
+    if GATE == "soft":
+        value = a - tau
+    elif GATE == "magnitude":
+        value = a
+    else:
+        value = tl.where(a == a, 1.0, a)
+    return tl.where(a <= tau, 0.0, value)
+
+
+@triton.jit
+def theta_slope(H, statistics, theta_ptr, t: tl.constexpr, KERNEL: tl.constexpr):
+    """H * dK/dtheta_t."""
+    if KERNEL == "piecewise_linear":
+        return H * statistics[t]
+    if t == 2:
+        return H
+    unit = unit_value(statistics, theta_ptr, KERNEL)
+    if t == 0:
+        return H * unit
+    alpha = tl.load(theta_ptr)
+    if KERNEL == "sigmoid":
+        return H * alpha * unit * (1.0 - unit) * statistics[0]
+    return -(H * alpha * unit * statistics[0])
+
+
+@triton.jit
+def statistic_slope(H, statistics, theta_ptr, p: tl.constexpr, KERNEL: tl.constexpr):
+    """C: ``H * dK`` is ``C (b - a) . d(b - a)`` for a distance, ``C d(b . a)`` for a dot product."""
+    if KERNEL == "linear":
+        return H
+    if KERNEL == "piecewise_linear":
+        norm = statistics[p]
+        return tl.where(norm == 0.0, 0.0, tl.load(theta_ptr + p) * H / norm)
+    alpha, beta = tl.load(theta_ptr), tl.load(theta_ptr + 1)
+    unit = unit_value(statistics, theta_ptr, KERNEL)
+    if KERNEL == "sigmoid":
+        return H * (alpha * beta) * unit * (1.0 - unit)
+    return -2.0 * H * (alpha * beta) * unit

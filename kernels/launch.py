@@ -1,0 +1,57 @@
+"""How kernels are launched: the factors' layout, the device, the table's row, no fusing behind our back."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import nullcontext
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from snell.kernels.table import TABLE, Row
+
+#: Triton's interpreter runs the kernels on CPU tensors, as numpy.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "True")
+
+
+def k_major(factor: Tensor) -> Tensor:
+    """The same [n, r] matrix with columns contiguous, copied unless it already is so.
+
+    The layer passes factors that already are: one copy a pass serves all its blocks.
+    """
+    return factor if factor.stride(0) == 1 else factor.t().contiguous().t()
+
+
+@cache
+def _architecture(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return major * 10 + minor
+
+
+@cache
+def num_processors(device: torch.device) -> int:
+    """Streaming multiprocessors; under the interpreter 1."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def row(operation: str, like: Tensor) -> Row:
+    """The launch table's row for the device ``like`` lives on: that of the newest architecture not above it."""
+    arch = _architecture(like.device.index) if like.is_cuda else 90
+    known = [a for a in TABLE if a <= arch]
+    return TABLE[max(known) if known else min(TABLE)][operation]
+
+
+def tiles(m: int, n: int, row: Row) -> int:
+    return -(-m // row.block_m) * -(-n // row.block_n)
+
+
+def run(kernel: Any, grid: int | tuple[int, ...], args: tuple, row: Row | None = None, **meta: Any) -> None:
+    """Launch ``kernel`` on the device of its first tensor and that device's current stream."""
+    options: Mapping[str, Any] = {"num_warps": row.num_warps} if row is not None else {}
+    device = args[0].device
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        grid = grid if isinstance(grid, tuple) else (grid,)
+        kernel[grid](*args, **meta, **options, enable_fp_fusion=False)

@@ -1,0 +1,106 @@
+"""``W0 + dW`` (or dW) of a block, written once: ``dW_ij = K_ij * gate(|K_ij|)``.
+
+A program owns one [BLOCK_M, BLOCK_N] tile: reads its weights once, adds dW in registers, writes once.
+An entry whose dW is zero gets the weight's own bits.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from snell.kernels import launch
+from snell.kernels.kappa import gate_value, kernel_value, pair_statistics
+
+
+@triton.jit
+def add_update(weight, K, gate, out_dtype: tl.constexpr):
+    """weight + K * gate, rounded once to ``out_dtype``; where the update is 0 the weight passes untouched."""
+    delta = K * gate
+    # Adding +0 would turn -0 into +0.
+    return tl.where(delta == 0.0, weight.to(out_dtype), (weight + delta).to(out_dtype))
+
+
+@triton.jit
+def tile_indices(tile, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Rows [BLOCK_M, 1] and columns [1, BLOCK_N] of a tile, counted along rows of tiles, and their masks."""
+    across = tl.cdiv(n, BLOCK_N)
+    rows = (tile // across * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+    cols = (tile % across * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    return rows, cols, rows < m, cols < n
+
+
+@triton.jit
+def tile_pointers(ptr, rows, cols, row_stride, col_stride):
+    """Addresses of a tile's entries: 64 bits, as a matrix may hold more than 2^31."""
+    return ptr + rows.to(tl.int64) * row_stride + cols.to(tl.int64) * col_stride
+
+
+@triton.jit
+def merge_kernel(
+    a_ptr,
+    b_ptr,
+    theta_ptr,
+    tau_ptr,
+    weight_ptr,
+    out_ptr,
+    a_stride,
+    b_stride,
+    weight_row_stride,
+    weight_col_stride,
+    out_row_stride,
+    out_col_stride,
+    m,
+    n,
+    HAS_WEIGHT: tl.constexpr,
+    RANK: tl.constexpr,
+    GROUPS: tl.constexpr,
+    KERNEL: tl.constexpr,
+    GATE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    rows, cols, row_mask, col_mask = tile_indices(tl.program_id(0), m, n, BLOCK_M, BLOCK_N)
+    statistics = pair_statistics(b_ptr, a_ptr, b_stride, a_stride, rows, cols, row_mask, col_mask, RANK, GROUPS, KERNEL)
+    K = kernel_value(statistics, theta_ptr, KERNEL)
+    gate = gate_value(K, tau_ptr, GATE)
+    mask = row_mask & col_mask
+    out_dtype = out_ptr.dtype.element_ty
+    if HAS_WEIGHT:
+        weight = tl.load(tile_pointers(weight_ptr, rows, cols, weight_row_stride, weight_col_stride), mask)
+        merged = add_update(weight, K, gate, out_dtype)
+    else:
+        merged = (K * gate).to(out_dtype)
+    tl.store(tile_pointers(out_ptr, rows, cols, out_row_stride, out_col_stride), merged, mask)
+
+
+def merge_out(
+    A: Tensor,
+    B: Tensor,
+    theta: Tensor,
+    tau: Tensor,
+    weight: Tensor | None,
+    out: Tensor,
+    kernel: str,
+    groups: int,
+    gate: str,
+) -> None:
+    """``snell::merge_out`` with float32 factors; ``weight`` and ``out`` may have any strides."""
+    m, n = out.shape
+    A, B = launch.k_major(A), launch.k_major(B)
+    source = out if weight is None else weight
+    row = launch.row("merge", out)
+    launch.run(
+        merge_kernel,
+        launch.tiles(m, n, row),
+        (A, B, theta, tau, source, out, A.stride(1), B.stride(1), *source.stride(), *out.stride(), m, n),
+        row,
+        HAS_WEIGHT=weight is not None,
+        RANK=A.shape[1],
+        GROUPS=groups,
+        KERNEL=kernel,
+        GATE=gate,
+        BLOCK_M=row.block_m,
+        BLOCK_N=row.block_n,
+    )

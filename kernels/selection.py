@@ -1,0 +1,200 @@
+"""The host's part of select: sizes, workspace and launches. It reads nothing back from the device."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from snell.kernels import launch, select
+from snell.spec import num_zeroed
+
+#: Keys of a bracket are sorted into this many bins: 2^31, 2^18, 2^5, 1 key a bin in three passes.
+BINS = 8192
+#: Passes over K a call may need: one with a bracket that missed, three that narrow all keys to one.
+PASSES = 4
+#: Keys a bucket may keep: what one program sorts out in registers.
+BUCKET = 2048
+#: Entries sampled at most: 4 standard deviations are then 0.7 % of the ranks at s = 0.9.
+SAMPLES = 32768
+#: Counting programs a layer gets for each multiprocessor: enough that layers of ragged sizes even out.
+PROGRAMS = 8
+#: Workspace of one call; a group of layers that needs more goes in several.
+WORKSPACE_BYTES = 64 * 2**20
+#: Thresholds remembered on a device; the least recently used goes first.
+SLOTS = 4096
+
+
+class Update(NamedTuple):
+    """One layer's parameters: ``A [n, r]``, ``B [m, r]``, ``theta [t]`` in float32, and its sparsity."""
+
+    A: Tensor
+    B: Tensor
+    theta: Tensor
+    sparsity: float
+
+
+class _Plan(NamedTuple):
+    """What sizes alone decide about a layer, in the order of ``select.FIELDS`` from ``m`` to ``bucket``."""
+
+    m: int
+    n: int
+    k: int
+    samples: int
+    low: int
+    high: int
+    bucket: int
+
+
+class _Device:
+    """What outlives a call on a device: remembered thresholds and the tables of calls seen.
+
+    A captured graph keeps the addresses it saw, so neither is ever freed.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.memo = torch.zeros(SLOTS, 2, dtype=torch.int64, device=device)
+        self._slots: OrderedDict[tuple, int] = OrderedDict()
+        self._tables: dict[tuple, tuple[Tensor, Tensor]] = {}
+
+    def slot(self, key: tuple) -> int:
+        """The slot of ``key``; the fingerprint tells whether what it holds is the caller's."""
+        if key not in self._slots:
+            free = len(self._slots) if len(self._slots) < SLOTS else self._slots.popitem(last=False)[1]
+            self._slots[key] = free
+        self._slots.move_to_end(key)
+        return self._slots[key]
+
+    def table(self, rows: tuple[tuple[int, ...], ...]) -> Tensor:
+        if rows not in self._tables:
+            host = torch.tensor(rows, dtype=torch.int64)
+            if self.device.type == "cuda":
+                host = host.pin_memory()  # so that the copy does not wait for the device
+            self._tables[rows] = host, host.to(self.device, non_blocking=True)
+        return self._tables[rows][1]
+
+
+_devices: dict[torch.device, _Device] = {}
+
+
+def _on(device: torch.device) -> _Device:
+    if device not in _devices:
+        _devices[device] = _Device(device)
+    return _devices[device]
+
+
+def _plan(m: int, n: int, sparsity: float) -> _Plan:
+    entries = m * n
+    k = max(1, num_zeroed(sparsity, entries))
+    samples = min(SAMPLES, max(256, entries // 64))
+    rank = k / entries * samples
+    spread = 4 * math.sqrt(rank * (1 - k / entries)) + 1
+    low, high = math.floor(rank - spread), math.ceil(rank + spread)
+    # Keys a bin expects, more where an octave ends in the bracket, and 8 standard deviations. A bucket that
+    # would run over all the same is none.
+    share = min(1.0, (high - low) / samples) * entries / BINS
+    bucket = math.ceil(1.4 * share + 8 * math.sqrt(share)) + 16
+    return _Plan(m, n, k, samples, low, high, bucket if bucket <= BUCKET else 0)
+
+
+def _bytes(update: Update, plan: _Plan) -> int:
+    packed = (plan.m + plan.n) * update.A.shape[1]
+    return 4 * (packed + SAMPLES + BINS * plan.bucket) + 8 * (select.HEAD + BINS)
+
+
+def _calls(updates: Sequence[Update], plans: Sequence[_Plan]) -> Iterator[slice]:
+    """Runs of layers whose workspace fits; a layer that fits nowhere goes alone."""
+    start, used = 0, 0
+    for i, (update, plan) in enumerate(zip(updates, plans, strict=True)):
+        size = _bytes(update, plan)
+        if i > start and used + size > WORKSPACE_BYTES:
+            yield slice(start, i)
+            start, used = i, 0
+        used += size
+    yield slice(start, len(updates))
+
+
+def select_thresholds(updates: Sequence[Update], kernel: str, groups: int) -> Tensor:
+    """tau of every layer, ``[len(updates)]`` float32: layers of one rank on one device, in the same launches.
+
+    Every sparsity lies in (0, 1).
+    """
+    plans = [_plan(B.shape[0], A.shape[0], sparsity) for A, B, _, sparsity in updates]
+    taus = updates[0].A.new_empty(len(updates))
+    for call in _calls(updates, plans):
+        _select(updates[call], plans[call], taus[call], kernel, groups)
+    return taus
+
+
+def _select(updates: Sequence[Update], plans: Sequence[_Plan], taus: Tensor, kernel: str, groups: int) -> None:
+    device, rank, layers = taus.device, updates[0].A.shape[1], len(updates)
+    known = _on(device)
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    rows, column, thetas, buckets = [], 0, 0, 0
+    for (A, B, theta, _), plan in zip(updates, plans, strict=True):
+        setting = (*plan, rank, kernel, groups)
+        slot = known.slot((A.data_ptr(), B.data_ptr(), theta.data_ptr(), stream, *setting))
+        salt = hash(setting)
+        rows.append((column, column + plan.n, thetas, *plan, buckets, slot, salt))
+        column, thetas, buckets = column + plan.n + plan.m, thetas + theta.numel(), buckets + BINS * plan.bucket
+    factors = torch.cat([t.t() for A, B, _, _ in updates for t in (A, B)], dim=1)
+    theta = updates[0].theta if layers == 1 else torch.cat([update.theta for update in updates])
+    table, memo = known.table(tuple(rows)), known.memo
+    state = torch.zeros(layers, select.HEAD + BINS, dtype=torch.int64, device=device)
+    samples = torch.empty(layers, SAMPLES, dtype=torch.int32, device=device)
+    bucket = torch.empty(buckets, dtype=torch.int32, device=device)
+
+    stride = factors.stride(0)
+    setting = {"RANK": rank, "GROUPS": groups, "KERNEL": kernel, "BINS": BINS}
+    launch.run(
+        select.fingerprint_kernel,
+        (triton.cdiv(max(p.m + p.n for p in plans), 256), layers),
+        (factors, theta, table, state, memo, stride),
+        NUM_THETA=updates[0].theta.numel(),
+        RANK=rank,
+        BINS=BINS,
+        BLOCK=256,
+    )
+    launch.run(
+        select.sample_kernel,
+        (triton.cdiv(max(p.samples for p in plans), 256), layers),
+        (factors, theta, table, state, memo, samples, stride),
+        SAMPLES=SAMPLES,
+        BLOCK=256,
+        **setting,
+    )
+    launch.run(
+        select.bracket_kernel,
+        layers,
+        (table, state, memo, samples, taus),
+        SAMPLES=SAMPLES,
+        BINS=BINS,
+        num_warps=32,
+    )
+    row = launch.row("select", taus)
+    tiles = max(launch.tiles(p.m, p.n, row) for p in plans)
+    programs = min(tiles, PROGRAMS * launch.num_processors(device))
+    for _ in range(PASSES):
+        launch.run(
+            select.count_kernel,
+            (programs, layers),
+            (factors, theta, table, state, memo, bucket, stride),
+            row,
+            BLOCK_M=row.block_m,
+            BLOCK_N=row.block_n,
+            **setting,
+        )
+        launch.run(
+            select.choose_kernel,
+            layers,
+            (table, state, memo, bucket, taus),
+            BINS=BINS,
+            BUCKET=BUCKET,
+            num_warps=8,
+        )
