@@ -43,6 +43,9 @@ class SnellLinear(nn.Module):
     Source: arXiv 2411.01800.
     """
 
+    weight: Tensor
+    bias: Tensor | None
+
     def __init__(
         self,
         in_features: int,
@@ -66,7 +69,7 @@ class SnellLinear(nn.Module):
         self._build(base.weight, base.bias, Spec(rank, sparsity, kernel, groups, gate), scale, train_theta)
 
     def _build(
-        self, weight: nn.Parameter, bias: nn.Parameter | None, spec: Spec, scale: float, train_theta: bool | None
+        self, weight: Tensor, bias: Tensor | None, spec: Spec, scale: float, train_theta: bool | None
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape

@@ -60,9 +60,7 @@ def instruction_set() -> str | None:
     return _library.snell_isa().decode() if _library else None
 
 
-def _update(
-    A: Tensor, B: Tensor, theta: Tensor, tau: Tensor | None, kernel: str, groups: int, gate: str
-) -> _Update:
+def _update(A: Tensor, B: Tensor, theta: Tensor, tau: Tensor | None, kernel: str, groups: int, gate: str) -> _Update:
     return _Update(
         B.shape[0],
         A.shape[0],

@@ -119,7 +119,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
         x, weight, _, A, B, theta, tau, ctx.kernel, ctx.groups, ctx.gate = inputs
-        need_x, need_weight, _, need_A, need_B, need_theta = ctx.needs_input_grad[:6]
+        _, need_weight, _, need_A, need_B, need_theta = ctx.needs_input_grad[:6]
         # x serves the gradients of the factors and the weight alone: a layer that trains neither keeps no activation.
         kept_x = x if need_weight or need_A or need_B or need_theta else None
         ctx.save_for_backward(kept_x, weight, A, B, theta, tau)

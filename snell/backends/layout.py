@@ -6,6 +6,8 @@ B exchanged, entry for entry and bit for bit.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 
@@ -15,7 +17,7 @@ def _has_rows(matrix: Tensor) -> bool:
 
 def row_major(
     factors: tuple[Tensor, ...], lead: Tensor, *matrices: Tensor | None
-) -> tuple[tuple[Tensor, ...], list[Tensor | None]]:
+) -> tuple[tuple[Tensor, ...], list[Any]]:
     """The problem as kernels take it: matrices with contiguous rows and any stride between them.
 
     Args:

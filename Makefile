@@ -1,0 +1,38 @@
+# Two commands do everything on a machine with Python and a C++ compiler: make demo, make test.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+NATIVE := $(wildcard csrc/*)
+
+.PHONY: demo test bench lint types wheel clean
+
+demo: $(VENV)/.ready  ## transfer a small ViT to a new domain with few labels, by SNELL and its peers
+	$(BIN)/python -m bench.demo
+
+test: $(VENV)/.ready  ## every test
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/.ready  ## one layer's forward and backward beside the floor, LoRA and the published algorithm
+	$(BIN)/python -m bench.layer
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.ready
+	$(BIN)/mypy
+
+wheel: $(VENV)/.ready  ## dist/snell-*-py3-none-PLATFORM.whl
+	rm -rf dist build
+	$(BIN)/python -m build --wheel --quiet .
+
+# torch goes first: what the constraints pin is what every later step finds installed.
+$(VENV)/.ready: pyproject.toml constraints.txt setup.py $(NATIVE)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist out snell/_native.so *.egg-info
