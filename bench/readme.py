@@ -25,7 +25,8 @@ def layer_section(name: str) -> str:
     where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
     return (
         f"{table(document['cases'])}\n\n"
-        f"`{document['command']}`, r = {document['rank']}, s = {document['sparsity']}: {where}, torch {machine['torch']}."
+        f"`{document['command']}`, r = {document['rank']}, s = {document['sparsity']}: {where}, "
+        f"torch {machine['torch']}."
     )
 
 

@@ -11,8 +11,9 @@ A program owns one [BLOCK_M, BLOCK_N] tile: it reads G once, writes W0 + dW of t
 sums and dA column sums of the same C; no program can own both, so shares are added afterwards, by one
 program an output, always in the same order: the same bits every run, without atomics.
 
-The two products run on tensor cores as three tf32 products, which keeps float32's accuracy; they decide
-nothing about survivors. Shares take ``r (1/BLOCK_M + 1/BLOCK_N)`` numbers an entry, so the launcher goes
+The two products decide nothing about survivors and run on tensor cores: for a float32 G as three tf32
+products, which keep float32's accuracy; for a half-precision G as one, whose rounding (2^-11) is below what
+G itself was rounded by (2^-9 or 2^-11). Shares take ``r (1/BLOCK_M + 1/BLOCK_N)`` numbers an entry, so the launcher goes
 by bands of rows that keep them within WORKSPACE_BYTES, which stay in the L2 cache.
 """
 
@@ -52,6 +53,7 @@ def _products(
     COUNT: tl.constexpr,
     RANK: tl.constexpr,
     DISTANCE: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     """This tile's share of both products for the columns FIRST : FIRST + COUNT of the factors."""
@@ -61,12 +63,12 @@ def _products(
         a_mask = col_mask & (k < FIRST + COUNT)
         b_mask = row_mask & (k < FIRST + COUNT)
         a = tl.load(a_ptr + cols + k * a_stride, a_mask, 0.0)
-        grad_b = tl.dot(C, a, input_precision="tf32x3")
+        grad_b = tl.dot(C, a, input_precision=PRECISION)
         b = tl.load(b_ptr + rows + k * b_stride, b_mask, 0.0)
         if DISTANCE:
             grad_b = tl.sum(C, 1)[:, None] * b - grad_b
         tl.store(share_b_ptr + rows.to(tl.int64) * RANK + k, grad_b, b_mask)
-        grad_a = tl.dot(tl.trans(C), b, input_precision="tf32x3")
+        grad_a = tl.dot(tl.trans(C), b, input_precision=PRECISION)
         if DISTANCE:
             grad_a = tl.sum(C, 0)[:, None] * a - grad_a
         tl.store(share_a_ptr + cols.to(tl.int64) * RANK + k, grad_a, a_mask)
@@ -101,6 +103,7 @@ def factor_grad_kernel(
     GROUPS: tl.constexpr,
     KERNEL: tl.constexpr,
     GATE: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -150,6 +153,7 @@ def factor_grad_kernel(
             COUNT,
             RANK,
             KERNEL == "piecewise_linear" or KERNEL == "rbf",
+            PRECISION,
             BLOCK_R,
         )
 
@@ -237,8 +241,7 @@ def factor_grad(
         launch.run(
             factor_grad_kernel,
             down * across,
-            (A, b, theta, tau, g, w, out, *shares, A.stride(1), b.stride(1), *g.stride(), *w.stride(), *out.stride())
-            + (rows, n),
+            (A, b, theta, tau, g, w, out, *shares, A.stride(1), b.stride(1), *g.stride(), *w.stride(), *out.stride(), rows, n),
             row,
             HAS_WEIGHT=weight is not None,
             HAS_MERGED=merged is not None,
@@ -247,6 +250,7 @@ def factor_grad(
             GROUPS=groups,
             KERNEL=kernel,
             GATE=gate,
+            PRECISION="tf32" if G.element_size() == 2 else "tf32x3",
             BLOCK_R=block_r(rank, groups, kernel),
             BLOCK_M=row.block_m,
             BLOCK_N=row.block_n,

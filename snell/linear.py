@@ -68,14 +68,12 @@ class SnellLinear(nn.Module):
         base = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
         self._build(base.weight, base.bias, Spec(rank, sparsity, kernel, groups, gate), scale, train_theta)
 
-    def _build(
-        self, weight: Tensor, bias: Tensor | None, spec: Spec, scale: float, train_theta: bool | None
-    ) -> None:
+    def _build(self, weight: Tensor, bias: Tensor | None, spec: Spec, scale: float, train_theta: bool | None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.spec, self.scale = spec, scale
         self.weight = weight.requires_grad_(False)
-        self.register_parameter("bias", None if bias is None else bias.requires_grad_(False))
+        self.bias = None if bias is None else bias.requires_grad_(False)
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         options: dict[str, Any] = {"device": weight.device, "dtype": dtype}
         if train_theta is None:

@@ -114,4 +114,6 @@ class Spec:
 
     def initial_theta(self, scale: float) -> list[float]:
         """The scalar parameters at the start of training."""
-        return KERNEL_FUNCTIONS[self.kernel].initial_theta(self.groups, _number("scale", scale))
+        if not math.isfinite(_number("scale", scale)):
+            raise ValueError(f"scale must be finite; got {scale}")
+        return KERNEL_FUNCTIONS[self.kernel].initial_theta(self.groups, float(scale))

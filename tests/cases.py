@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from error_bounds import Update
 from hypothesis import strategies as st
 from torch import Tensor
 
+from error_bounds import Update
 from snell import functional
 from snell.spec import GATES, KERNEL_FUNCTIONS, Spec
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import GATES_THAT_COMPETE, KERNELS, LAYOUTS, cases, laid_out
-from error_bounds import Update, assert_within, growth, rounded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cases import GATES_THAT_COMPETE, KERNELS, LAYOUTS, cases, laid_out
+from error_bounds import Update, assert_within, growth, rounded
 from snell import functional, reference
 from snell.spec import GATES, Spec
 
@@ -246,12 +246,12 @@ def test_a_second_order_gradient_is_refused(backend):
     x, weight = torch.randn(4, 14, requires_grad=True), torch.randn(9, 14)
     y = functional.snell_linear(x, weight, None, A, B, theta, sparsity=0.8, **PIECEWISE, gate="soft")
     (grad,) = torch.autograd.grad(y.square().sum(), A, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentia(ble once|te twice)"):
+    with pytest.raises(RuntimeError, match=r"differentia(ble once|te twice)"):
         (grad.square().sum() + A.sum()).backward()
     tau = functional.select_threshold(A, B, theta, sparsity=0.8, **PIECEWISE)
     merged = functional.merge(A, B, theta, tau, **PIECEWISE, gate="soft")
     (grad,) = torch.autograd.grad(merged.square().sum(), A, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentia(ble once|te twice)"):
+    with pytest.raises(RuntimeError, match=r"differentia(ble once|te twice)"):
         (grad.square().sum() + A.sum()).backward()
 
 

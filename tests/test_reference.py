@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from cases import KERNELS
 
+from cases import KERNELS
 from snell import reference
 from snell.spec import GATES, Spec
 

@@ -30,6 +30,4 @@ pairs = zip(
 )
 assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-12) for a, b in pairs)
 assert layer.num_survivors() == 96 * 80 - 6912
-print(
-    f"snell {snell.__version__} from its wheel: native library ({native.instruction_set()}) agrees with the reference"
-)
+print(f"snell {snell.__version__} from its wheel: native ({native.instruction_set()}) agrees with the reference")

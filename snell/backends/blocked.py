@@ -5,21 +5,17 @@ The arithmetic of K is the reference's own, a tile at a time, so that nothing of
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from snell import memo
+from snell import memo, radix
 from snell.reference import gate_values, kernel_matrix
 from snell.spec import KERNEL_FUNCTIONS, num_zeroed
 
 #: Entries of K in a tile times its rank: bounds the products that the reference's dot holds.
 TILE_PRODUCTS = 2**21
-
-#: Bits of a float's magnitude settled by one pass of the radix select.
-RADIX_BITS = 11
 
 
 def _tiles(m: int, n: int, rank: int) -> Iterator[tuple[slice, slice]]:
@@ -31,41 +27,19 @@ def _tiles(m: int, n: int, rank: int) -> Iterator[tuple[slice, slice]]:
 
 
 def _select(A: Tensor, B: Tensor, theta: Tensor, sparsity: float, kernel: str, groups: int) -> Tensor:
-    """Radix select on the bits of |K|, which order as the floats do: each pass counts one digit of the
-    entries that share the digits settled so far. Counts and choices stay on the device."""
     n, m, rank = A.shape[0], B.shape[0], A.shape[1]
-    bits = torch.int32 if A.dtype == torch.float32 else torch.int64
-    width = 31 if bits is torch.int32 else 63
-    remaining = torch.full((), num_zeroed(sparsity, m * n), device=A.device)
-    prefix = torch.zeros((), dtype=bits, device=A.device)
-    for top in range(width, 0, -RADIX_BITS):
-        shift = max(top - RADIX_BITS, 0)
-        digits = 1 << (top - shift)
-        counts = torch.zeros(digits + 1, dtype=torch.int64, device=A.device)
-        for i, j in _tiles(m, n, rank):
-            keys = kernel_matrix(A[j], B[i], theta, kernel=kernel, groups=groups).abs().view(bits)
-            match = (keys >> (top - 1) >> 1) == prefix
-            digit = torch.where(match, keys >> shift & (digits - 1), digits).flatten()
-            counts.scatter_add_(0, digit.long(), torch.ones_like(digit, dtype=torch.int64))
-        cumulative = counts[:digits].cumsum(0)
-        chosen = (cumulative < remaining).sum()
-        remaining = remaining - torch.where(chosen > 0, cumulative[(chosen - 1).clamp(min=0)], 0)
-        prefix = (prefix << (top - shift)) | chosen.to(bits)
-    return prefix.view(A.dtype)
 
+    def tiles() -> Iterator[Tensor]:
+        return (kernel_matrix(A[j], B[i], theta, kernel=kernel, groups=groups) for i, j in _tiles(m, n, rank))
 
-def _fingerprint(*tensors: Tensor) -> bytes:
-    digest = hashlib.blake2b(digest_size=16)
-    for tensor in tensors:
-        digest.update(memoryview(tensor.contiguous().numpy()).cast("B"))
-    return digest.digest()
+    return radix.smallest(num_zeroed(sparsity, m * n), tiles, A)
 
 
 @torch.no_grad()
 def select_threshold(A: Tensor, B: Tensor, theta: Tensor, sparsity: float, kernel: str, groups: int) -> Tensor:
     if A.device.type != "cpu":
         return _select(A, B, theta, sparsity, kernel, groups)
-    key = (_fingerprint(A, B, theta), A.shape, B.shape, A.dtype, sparsity, kernel, groups)
+    key = (memo.fingerprint(A, B, theta), A.shape, B.shape, A.dtype, sparsity, kernel, groups)
     return memo.remember(key, lambda: _select(A, B, theta, sparsity, kernel, groups))
 
 
@@ -88,7 +62,10 @@ def merge_out(
 
 def _write(out: Tensor, weight: Tensor | None, delta: Tensor) -> None:
     # Where dW is 0 the base weight passes through untouched: adding +0 would turn -0 into +0.
-    out.copy_(delta if weight is None else torch.where(delta == 0, weight, weight + delta))
+    # Chosen in out's dtype: by way of another, the bits of a NaN would not come back.
+    out.copy_(
+        delta if weight is None else torch.where(delta == 0, weight.to(out.dtype), (weight + delta).to(out.dtype))
+    )
 
 
 def factor_grad(

@@ -6,13 +6,13 @@ import math
 
 import pytest
 import torch
-from cases import GATES_THAT_COMPETE, KERNELS, LAYOUTS, WEIGHT_DTYPES, Case, cases, laid_out
-from error_bounds import Update, assert_within
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cases import GATES_THAT_COMPETE, KERNELS, LAYOUTS, WEIGHT_DTYPES, Case, cases, laid_out
+from error_bounds import Update, assert_within
 from snell import backends, functional
-from snell.spec import GATES, Spec
+from snell.spec import GATES, Spec, num_zeroed
 
 ops = torch.ops.snell
 
@@ -59,7 +59,7 @@ def test_tau_has_the_bits_of_the_sorted_K_of_its_own_backend(backend, small):
     def check(case):
         update = case.update()
         ranked = merge(update, gate="none").abs().flatten().sort().values
-        k = math.ceil(case.sparsity * ranked.numel())
+        k = num_zeroed(case.sparsity, ranked.numel())
         expected = ranked[k - 1] if k else ranked.new_zeros(())
         assert update.tau.dtype == case.dtype
         assert update.tau.shape == ()
@@ -76,7 +76,7 @@ def test_tau_lies_within_rounding_of_the_reference(backend, small):
         if case.sparsity == 0.0:
             assert update.tau == 0
             return
-        k = math.ceil(case.sparsity * case.m * case.n)
+        k = num_zeroed(case.sparsity, case.m * case.n)
         # The k-th smallest moves by no more than the entries do.
         expected = update.K().abs().flatten().kthvalue(k).values
         assert_within(update.tau, expected, update.K_error().max(), "tau")
@@ -90,7 +90,7 @@ def test_survivors_are_counted_exactly_from_what_merge_writes(backend, small, ga
     m, n = (33, 47) if small else (151, 233)
     # float64 factors: no two of the m*n entries tie.
     update = random_update(m, n, gate=gate, sparsity=sparsity, dtype=torch.float64)
-    assert merge(update).count_nonzero() == m * n - math.ceil(sparsity * m * n)
+    assert merge(update).count_nonzero() == m * n - math.ceil(sparsity * (m * n))
 
 
 @pytest.mark.parametrize("m, n, dtype", [(768, 3072, torch.float64), (11008, 4096, torch.float32)])
@@ -103,7 +103,7 @@ def test_survivors_are_exact_at_the_size_of_a_language_model(m, n, dtype):
         magnitudes = merge(update, gate="none").abs_()
         for sparsity in (0.01, 0.5, 0.9, 0.99, 0.999):
             tau = functional.select_threshold(A, B, theta, sparsity=sparsity, kernel=update.kernel, groups=2)
-            k = math.ceil(sparsity * m * n)
+            k = math.ceil(sparsity * (m * n))
             below = int(magnitudes.lt(tau).count_nonzero())
             # Among 45 million float32 some tie with tau and lose with it; among float64 none do.
             ties = int(magnitudes.eq(tau).count_nonzero())
@@ -174,7 +174,7 @@ def test_losers_keep_the_bits_of_the_weight(backend, gate):
     update = random_update(19, 27, gate=gate)
     weight = torch.where(torch.rand(19, 27) < 0.5, -0.0, torch.randn(19, 27, dtype=torch.float64))
     losers = merge(update) == 0
-    assert losers.sum() == math.ceil(0.9 * 19 * 27)
+    assert losers.sum() == math.ceil(0.9 * (19 * 27))
     for dtype, bits in zip(WEIGHT_DTYPES, (torch.int32, torch.int16, torch.int16, torch.int64), strict=True):
         base = weight.to(dtype)
         merged = merge(update, base)
@@ -288,7 +288,7 @@ def test_thin_matrices_and_rank_one(backend, m, n, kernel):
         gate = "none" if sparsity == 0.0 else "magnitude"
         update = Update(update.A, update.B, update.theta, kernel, 1, gate, update.tau)
         ranked = merge(update, gate="none").abs().flatten().sort().values
-        k = math.ceil(sparsity * m * n)
+        k = math.ceil(sparsity * (m * n))
         assert update.tau == (ranked[k - 1] if k else 0)
         assert_within(merge(update), *update.merged(None, torch.float32), "merged")
         G = torch.randn(m, n)
@@ -335,7 +335,7 @@ def test_one_huge_outlier(backend, kernel):
     tau = functional.select_threshold(A, B, theta, sparsity=0.95, **case.settings)
     update = Update(A, B, theta, kernel, 2, "hard", tau)
     ranked = merge(update, gate="none").abs().flatten().sort().values
-    assert tau.equal(ranked[math.ceil(0.95 * 29 * 43) - 1])
+    assert tau.equal(ranked[math.ceil(0.95 * (29 * 43)) - 1])
     assert merge(update).count_nonzero() == (ranked > tau).sum()
     assert_within(merge(update, gate="none"), update.K(), update.K_error() + 1e-37, "K")
 
