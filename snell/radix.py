@@ -1,0 +1,55 @@
+"""Exact selection by counting: radix select on the bits of magnitudes, which order as the floats do.
+
+Each pass counts one digit of the entries that share the digits settled so far. Counts and choices stay on
+the device, and counts of several processes add up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+__all__ = ["smallest"]
+
+#: Bits of a float's magnitude settled by one pass.
+DIGIT_BITS = 11
+
+
+def _identity(counts: Tensor) -> Tensor:
+    return counts
+
+
+def smallest(
+    k: int, tiles: Callable[[], Iterable[Tensor]], like: Tensor, add: Callable[[Tensor], Tensor] = _identity
+) -> Tensor:
+    """The k-th smallest magnitude, from 1, among the entries of all tiles; 0 for k = 0.
+
+    Args:
+        k: which.
+        tiles: called once a pass; yields the matrix piece by piece, in ``like``'s dtype and on its device.
+        like: float32 or float64.
+        add: turns this process's counts into those of all processes that hold pieces of the matrix.
+
+    Returns:
+        A 0-dim tensor like ``like``. NaN counts as larger than infinity.
+    """
+    bits = torch.int32 if like.dtype == torch.float32 else torch.int64
+    width = 31 if bits is torch.int32 else 63
+    remaining = torch.full((), k, device=like.device)
+    prefix = torch.zeros((), dtype=bits, device=like.device)
+    for top in range(width, 0, -DIGIT_BITS):
+        shift = max(top - DIGIT_BITS, 0)
+        digits = 1 << (top - shift)
+        counts = torch.zeros(digits + 1, dtype=torch.int64, device=like.device)
+        for tile in tiles():
+            keys = tile.abs().view(bits)
+            match = (keys >> (top - 1) >> 1) == prefix
+            digit = torch.where(match, keys >> shift & (digits - 1), digits).flatten()
+            counts.scatter_add_(0, digit.long(), torch.ones_like(digit, dtype=torch.int64))
+        cumulative = add(counts)[:digits].cumsum(0)
+        chosen = (cumulative < remaining).sum()
+        remaining = remaining - torch.where(chosen > 0, cumulative[(chosen - 1).clamp(min=0)], 0)
+        prefix = (prefix << (top - shift)) | chosen.to(bits)
+    return prefix.view(like.dtype)
