@@ -11,7 +11,7 @@ from snell.spec import Spec
 __all__ = ["merge", "select_threshold", "snell_linear"]
 
 _FACTOR_DTYPES = (torch.float32, torch.float64)
-_WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def _require_tensor(name: str, value: object, ndim: int | None, dtypes: tuple[torch.dtype, ...]) -> None:
@@ -56,7 +56,7 @@ def _check_tau(tau: Tensor, A: Tensor) -> None:
 
 
 def _check_weight(weight: Tensor, A: Tensor, B: Tensor) -> None:
-    _require_tensor("weight", weight, 2, _WEIGHT_DTYPES)
+    _require_tensor("weight", weight, 2, WEIGHT_DTYPES)
     expected = (B.shape[0], A.shape[0])
     if tuple(weight.shape) != expected:
         swapped = " (A and B look swapped)" if tuple(weight.shape) == expected[::-1] else ""
@@ -200,7 +200,7 @@ def linear(
 
     Without a weight the result is the update's share, ``x dW^T``, for a base that cannot be added to.
     """
-    _require_tensor("x", x, None, _WEIGHT_DTYPES)
+    _require_tensor("x", x, None, WEIGHT_DTYPES)
     device_type = x.device.type
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         if x.dtype != torch.float64:

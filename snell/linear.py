@@ -65,6 +65,8 @@ class SnellLinear(nn.Module):
         for name, size in (("in_features", in_features), ("out_features", out_features)):
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise ValueError(f"{name} must be an int of at least 1; got {size!r}")
+        if dtype is not None and dtype not in functional.WEIGHT_DTYPES:
+            raise TypeError(f"dtype must be one of {functional.WEIGHT_DTYPES}; got {dtype}")
         base = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
         self._build(base.weight, base.bias, Spec(rank, sparsity, kernel, groups, gate), scale, train_theta)
 
@@ -105,7 +107,7 @@ class SnellLinear(nn.Module):
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear must be a torch.nn.Linear; got {type(linear).__name__}")
-        if not isinstance(linear.weight, nn.Parameter) or not linear.weight.is_floating_point():
+        if not isinstance(linear.weight, nn.Parameter) or linear.weight.dtype not in functional.WEIGHT_DTYPES:
             raise TypeError(f"linear must hold a floating-point weight; got {linear.weight.dtype}")
         layer = cls.__new__(cls)
         layer._build(linear.weight, linear.bias, Spec(rank, sparsity, kernel, groups, gate), scale, train_theta)
