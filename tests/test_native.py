@@ -1,0 +1,95 @@
+"""The native library on every instruction set this machine has, and the package without the library."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from snell import native
+
+CHECK = """
+import torch
+from snell import backends, functional, native, reference
+from snell.spec import Spec, num_zeroed
+
+torch.manual_seed({seed})
+assert native.instruction_set() == "{isa}", native.instruction_set()
+m, n, rank, groups = 53, 77, 12, 3
+for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-5)):
+    for kernel in ("piecewise_linear", "linear", "sigmoid", "rbf"):
+        # Small factors: rbf and sigmoid would saturate, and tie, in float32.
+        A, B = 0.3 * torch.randn(n, rank, dtype=dtype), 0.3 * torch.randn(m, rank, dtype=dtype)
+        theta = torch.tensor(Spec(rank, 0.8, kernel, groups).initial_theta(0.3), dtype=dtype)
+        settings = dict(kernel=kernel, groups=groups)
+        tau = functional.select_threshold(A, B, theta, sparsity=0.8, **settings)
+        K = functional.merge(A, B, theta, tau, gate="none", **settings)
+        assert tau == K.abs().flatten().sort().values[num_zeroed(0.8, m * n) - 1]
+        delta = functional.merge(A, B, theta, tau, gate="soft", **settings)
+        assert delta.count_nonzero() == m * n - num_zeroed(0.8, m * n)
+        exact = [t.double().requires_grad_() for t in (A, B, theta)]
+        expected = reference.merge(*exact, tau.double(), gate="soft", **settings)
+        G = torch.randn(m, n, dtype=dtype)
+        grads = [torch.zeros_like(t) for t in (A, B, theta)]
+        torch.ops.snell.factor_grad(G, A, B, theta, tau, None, None, *grads, kernel, groups, "soft")
+        wanted = torch.autograd.grad(expected, [t for t in exact if t.numel()], G.double())
+        for got, want in zip([delta, *grads], [expected.detach(), *wanted]):
+            assert (got - want).norm() <= tolerance * want.norm(), (dtype, kernel)
+        for half in (torch.bfloat16, torch.float16):
+            if dtype == torch.float32:
+                weight = torch.randn(m, n).to(half)
+                merged = functional.merge(A, B, theta, tau, weight=weight, gate="soft", **settings)
+                assert torch.equal(merged, (weight.float() + delta).to(half)), half
+print("agrees")
+"""
+
+
+def _run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "always", "-c", code]
+    return subprocess.run(command, env={"PATH": "", **environment}, capture_output=True, text=True, check=False)
+
+
+def _can_run(isa: str) -> bool:
+    probe = "from snell import native; print(native.instruction_set())"
+    return _run(probe, SNELL_ISA=isa).stdout.strip() == isa
+
+
+@pytest.mark.skipif(not native.available(), reason="the native library was not built")
+@pytest.mark.parametrize("isa", ["base", "v3", "v4"])
+def test_every_instruction_set_agrees_with_the_reference(isa: str) -> None:
+    if not _can_run(isa):
+        pytest.skip(f"this machine does not run {isa}")
+    seed = int(torch.randint(2**31, ()))
+    done = _run(CHECK.format(seed=seed, isa=isa), SNELL_ISA=isa)
+    assert done.stdout.strip() == "agrees", f"seed {seed}: {done.stderr}"
+
+
+def test_without_the_library_the_package_says_so_once_and_works() -> None:
+    done = _run("""
+import ctypes
+load = ctypes.CDLL
+def refuse(name, *args, **kwargs):
+    if "_native" in str(name):
+        raise OSError("no such library")
+    return load(name, *args, **kwargs)
+ctypes.CDLL = refuse
+import torch, snell
+assert list(snell.backends.AVAILABLE)[0] == "blocked" and "cpu" not in snell.backends.AVAILABLE
+layer = snell.SnellLinear(24, 16, rank=4)
+layer(torch.randn(3, 24)).sum().backward()
+assert layer.snell_A.grad.abs().sum() > 0 and layer.num_survivors() == 24 * 16 - 346
+print("works")
+""")
+    assert done.stdout.strip() == "works", done.stderr
+    assert done.stderr.count("snell's native library") == 1
+
+
+@pytest.mark.skipif(not native.available(), reason="the native library was not built")
+def test_ties_and_a_missed_bracket_are_settled_by_the_radix_passes() -> None:
+    # Two values only, each half a million times: the bracket gathers far more than luck allows.
+    A, B = torch.zeros(1000, 2), torch.ones(1000, 2)
+    B[:400] = 3.0
+    theta = torch.tensor([1.0])
+    for k, row in ((399_999, 999), (600_000, 999), (600_001, 0), (1_000_000, 0)):
+        tau = native.select(A, B, theta, k, "piecewise_linear", 1)
+        assert tau == torch.linalg.vector_norm(B[row]).item(), k
