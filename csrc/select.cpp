@@ -97,7 +97,7 @@ void sweep_all(const Operand<T>& u, std::vector<Body>& bodies) {
 #pragma omp parallel num_threads(u.threads) if (u.threads > 1)
   {
     int t = omp_get_thread_num(), team = omp_get_num_threads();
-    Body body = bodies[t];  // on the thread's own stack: counters that are not shared cache lines
+    Body body = std::move(bodies[t]);  // on the thread's own stack: counters that are not shared cache lines
     sweep(u, u.first_row(t, team), u.first_row(t + 1, team), body);
     bodies[t] = std::move(body);
   }
@@ -185,6 +185,7 @@ struct Select {
     int64_t limit = GATHER_MIN + int64_t(GATHER_SLACK * expected);
     std::vector<Gather<KF, T>> bodies(u.threads, {&u, lo, hi, limit, 0, 0, {}});
     for (auto& body : bodies) body.inside.reserve(size_t(1.1 * expected) + 4096);
+    bodies[0].inside.reserve(size_t(1.1 * expected * u.threads) + 4096);  // all end up there
     sweep_all(u, bodies);
     bool overflow = false;
     for (auto& body : bodies) {
