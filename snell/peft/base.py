@@ -7,12 +7,15 @@ PEFT's own quantisation backends, where those know how.
 from __future__ import annotations
 
 import copy
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+if TYPE_CHECKING:
+    from snell.distributed import Split
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -36,8 +39,10 @@ def device_and_dtype(layer: nn.Module) -> tuple[torch.device, torch.dtype | None
 
 
 def float_weight(layer: nn.Module, fan_in_fan_out: bool) -> Tensor | None:
-    """The layer's own weight as [m, n], a view; None where it is no plain float matrix."""
+    """The layer's own weight as [m, n], a view, or this process's piece of it; None where it is no float matrix."""
     weight: Any = getattr(layer, "weight", None)
+    if split(layer, fan_in_fan_out) is not None:
+        weight = nn.Parameter(weight.to_local(), requires_grad=False)
     # Quantised weights are subclasses of Parameter or of Tensor, and may call themselves float.
     if type(weight) not in (nn.Parameter, Tensor) or weight.dtype not in _DTYPES or weight.dim() != 2:
         return None
@@ -47,9 +52,20 @@ def float_weight(layer: nn.Module, fan_in_fan_out: bool) -> Tensor | None:
 def fusable_weight(layer: nn.Module, fan_in_fan_out: bool) -> Tensor | None:
     """:func:`float_weight`, where calling the layer would do no more than multiply by it and add the bias."""
     plain = type(layer).forward in (nn.Linear.forward, Conv1D.forward) and "forward" not in vars(layer)
-    if not plain or any(getattr(layer, hooks) for hooks in _HOOKS):
+    if not plain or any(getattr(layer, hooks) for hooks in _HOOKS) or split(layer, fan_in_fan_out) is not None:
         return None
     return float_weight(layer, fan_in_fan_out)
+
+
+def split(layer: nn.Module, fan_in_fan_out: bool) -> Split | None:
+    """How the layer's weight [m, n] is split over processes, if it is."""
+    weight = getattr(layer, "weight", None)
+    if not isinstance(weight, Tensor) or type(weight) is nn.Parameter:
+        return None
+    from snell.distributed import Split
+
+    found = Split.of(weight)
+    return found.T if found is not None and fan_in_fan_out else found
 
 
 def bias(layer: nn.Module) -> Tensor | None:

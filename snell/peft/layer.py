@@ -78,6 +78,9 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         B = torch.empty(self.out_features, spec.rank, **options)
         theta = torch.empty(spec.num_theta, **options)
         start(A, B, theta, spec, config.scale)
+        split = base.split(self.base_layer, self.fan_in_fan_out)
+        if split is not None:
+            split.agree(A, B)
         self.snell_A[adapter_name], self.snell_B[adapter_name] = nn.Parameter(A), nn.Parameter(B)
         trains_theta = KERNEL_FUNCTIONS[spec.kernel].trains_theta if config.train_theta is None else config.train_theta
         if trains_theta and spec.num_theta:
@@ -126,11 +129,17 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
 
     def _share(self, x: Tensor, name: str) -> Tensor:
         """The adapter's share of the output, ``x dW^T``."""
-        return functional.linear(x, None, None, *self._update(name))
+        split = base.split(self.base_layer, self.fan_in_fan_out)
+        if split is None:
+            return functional.linear(x, None, None, *self._update(name))
+        return split.leave(functional.linear(split.enter(x), None, None, *self._update(name)))
 
     def _update(self, name: str) -> Update:
         A, B, spec = _full(self.snell_A[name]), _full(self.snell_B[name]), self.snell_spec[name]
         theta = _full(self.snell_theta[name]) if name in self.snell_theta else self.snell_constants[name]
+        split = base.split(self.base_layer, self.fan_in_fan_out)
+        if split is not None:
+            return split.update(A, B, theta, spec)
         return Update(A, B, theta, functional.threshold(A, B, theta, spec), spec)
 
     def get_delta_weight(self, adapter: str) -> Tensor:

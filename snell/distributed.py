@@ -1,0 +1,182 @@
+"""One update over several processes: tensor parallelism.
+
+The weight is split over a process group, by rows (``ColwiseParallel``) or by columns (``RowwiseParallel``);
+its entries still compete over the whole matrix. Every process holds the whole factors, which are small, builds
+its own piece of dW, and adds its counts, its share of the factors' gradients and, where columns are split,
+of the outputs to those of the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from snell import memo, radix
+from snell.schedule import block_length
+from snell.spec import Spec, num_zeroed
+from snell.update import Update
+
+__all__ = ["Split", "select_threshold"]
+
+
+def select_threshold(
+    A: Tensor,
+    B: Tensor,
+    theta: Tensor,
+    *,
+    sparsity: float,
+    kernel: str,
+    groups: int,
+    group: dist.ProcessGroup,
+    entries: int,
+) -> Tensor:
+    """:func:`snell.functional.select_threshold` over a matrix whose pieces lie with the processes of a group.
+
+    Args:
+        A, B: the factors of this process's piece: those of its columns and of its rows.
+        theta, sparsity, kernel, groups: as there.
+        group: the processes that hold the pieces; all of them must call.
+        entries: m * n of the whole matrix.
+
+    Returns:
+        tau of the whole matrix, on every process: the bits that one process alone would find.
+    """
+    spec = Spec(A.shape[1], sparsity, kernel, groups)
+    n, m = A.shape[0], B.shape[0]
+    rows = block_length(n * A.element_size(), m)
+    tau, out = A.new_zeros(()), A.new_empty(min(rows, m), n)
+
+    def tiles() -> Iterator[Tensor]:
+        # Ungated, an update is K: the arithmetic that decides who survives is the one that merges.
+        for start in range(0, m, rows):
+            block = B[start : start + rows]
+            tile = out[: block.shape[0]]
+            torch.ops.snell.merge_out.default(A, block, theta, tau, None, tile, spec.kernel, spec.groups, "none")
+            yield tile
+
+    def add(counts: Tensor) -> Tensor:
+        dist.all_reduce(counts, group=group)
+        return counts
+
+    with torch.no_grad():
+        return radix.smallest(num_zeroed(spec.sparsity, entries), tiles, A, add)
+
+
+class Split(NamedTuple):
+    """Which rows (axis 0) or columns (axis 1) of a weight ``[m, n]`` this process of a group holds."""
+
+    group: dist.ProcessGroup
+    axis: int
+    held: slice
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Split | None:
+        """How a DTensor is split; None for an ordinary tensor, or one that is not split.
+
+        Raises:
+            ValueError: it is split in another way than over the rows or columns of one group.
+        """
+        if not isinstance(weight, DTensor):
+            return None
+        mesh, placements = weight.device_mesh, weight.placements
+        if all(placement.is_replicate() for placement in placements):
+            return None
+        if mesh.ndim != 1 or not placements[0].is_shard():
+            raise ValueError(f"weight must be split over the rows or columns of one mesh dimension; got {placements}")
+        axis = placements[0].dim % weight.dim()  # type: ignore[attr-defined]
+        length = -(-weight.shape[axis] // mesh.size())  # as torch.chunk cuts
+        start = min(length * mesh.get_local_rank(), weight.shape[axis])
+        return cls(mesh.get_group(), axis, slice(start, min(start + length, weight.shape[axis])))
+
+    @property
+    def T(self) -> Split:
+        """The split of the transposed weight."""
+        return self._replace(axis=1 - self.axis)
+
+    def update(self, A: Tensor, B: Tensor, theta: Tensor, spec: Spec) -> Update:
+        """This process's piece of the update that whole factors make, its threshold that of the whole.
+
+        Differentiable: the gradients that reach the whole factors are those of all pieces.
+        """
+        tau = self._threshold(A, B, theta, spec)
+        A, B, theta = _SumGradients.apply(self.group, A, B, theta)
+        return Update(*self._pieces(A, B), theta, tau, spec)
+
+    def _pieces(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        return (A, B[self.held]) if self.axis == 0 else (A[self.held], B)
+
+    def _threshold(self, A: Tensor, B: Tensor, theta: Tensor, spec: Spec) -> Tensor:
+        if spec.sparsity == 0.0:
+            return A.new_zeros(())
+
+        A, B, theta = A.detach(), B.detach(), theta.detach()
+
+        def select() -> Tensor:
+            return select_threshold(
+                *self._pieces(A, B),
+                theta,
+                sparsity=spec.sparsity,
+                kernel=spec.kernel,
+                groups=spec.groups,
+                group=self.group,
+                entries=A.shape[0] * B.shape[0],
+            )
+
+        if A.device.type != "cpu":
+            return select()
+        # Of the whole factors, not of the piece: all processes must find it, or none.
+        key = (memo.fingerprint(A, B, theta), A.shape, B.shape, A.dtype, spec, self.group.group_name, self.axis)
+        return memo.remember(key, select)
+
+    def enter(self, x: Tensor) -> Tensor:
+        """The input on its way in: where rows are split, its gradient adds up over the pieces."""
+        return _SumGradients.apply(self.group, x)[0] if self.axis == 0 else x
+
+    def leave(self, y: Tensor) -> Tensor:
+        """The output on its way out: where columns are split, it adds up over the pieces."""
+        return _Sum.apply(self.group, y) if self.axis == 1 else y
+
+    @torch.no_grad()
+    def agree(self, *tensors: Tensor) -> None:
+        """Give every process of the group what its first one holds."""
+        for tensor in tensors:
+            dist.broadcast(tensor, group=self.group, group_src=0)
+
+
+class _SumGradients(torch.autograd.Function):
+    """The identity; gradients are those of all processes of the group, added in one exchange."""
+
+    @staticmethod
+    def forward(ctx: Any, group: dist.ProcessGroup, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.group = group
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        needed = [grad for grad, need in zip(grads, ctx.needs_input_grad[1:], strict=True) if need]
+        flat = torch.cat([grad.reshape(-1) for grad in needed])
+        dist.all_reduce(flat, group=ctx.group)
+        sums = iter(flat.split([grad.numel() for grad in needed]))
+        return None, *(
+            next(sums).view_as(grad) if need else None
+            for grad, need in zip(grads, ctx.needs_input_grad[1:], strict=True)
+        )
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over the group; every process has the gradient already."""
+
+    @staticmethod
+    def forward(ctx: Any, group: dist.ProcessGroup, y: Tensor) -> Tensor:
+        y = y.clone()
+        dist.all_reduce(y, group=group)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        return None, grad

@@ -1,0 +1,167 @@
+"""What each of two processes does; torchrun starts this file with the names of functions."""
+
+from __future__ import annotations
+
+import copy
+import sys
+import tempfile
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from peft import PeftModel, get_peft_model
+from small import batch, close, factors, model, optimizer, train
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from snell import functional
+from snell.distributed import Split, select_threshold
+from snell.peft import AdaptedLinear, SnellConfig
+
+
+def everywhere(path: str | None) -> str:
+    """The first process's value, on all of them."""
+    box = [path]
+    dist.broadcast_object_list(box, src=0)
+    return str(box[0])
+
+
+def alone() -> tuple[list[float], PeftModel]:
+    """The run of one process that the others are compared with."""
+    module = model()
+    return train(module, batch()), module
+
+
+def assert_losses(ours: list[float], theirs: list[float]) -> None:
+    torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-5, atol=1e-6)
+
+
+def ddp() -> None:
+    rank, processes = dist.get_rank(), dist.get_world_size()
+    losses, single = alone()
+    module = model()
+    wrapped = nn.parallel.DistributedDataParallel(module)
+    assert_losses(train(wrapped, batch(rank, processes), processes), losses)
+    close(factors(module), factors(single))
+
+
+def _sharded(**policy) -> PeftModel:
+    module = model()
+    for layer in module.base_model.model.model.layers:
+        fully_shard(layer, **policy)
+    fully_shard(module, **policy)
+    return module
+
+
+def fsdp() -> None:
+    rank, processes = dist.get_rank(), dist.get_world_size()
+    losses, single = alone()
+    module = _sharded()
+    assert_losses(train(module, batch(rank, processes), processes), losses)
+    close({key: p.full_tensor() for key, p in factors(module).items()}, factors(single))
+
+    # The usual distributed state dict: saved sharded, loaded into another sharded model, and trained on.
+    options = StateDictOptions(ignore_frozen_params=True)
+    folder = everywhere(tempfile.mkdtemp() if rank == 0 else None)
+    weights, state = get_state_dict(module, optimizer(module), options=options)
+    assert all("snell_" in key for key in weights)
+    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder)
+    again = _sharded()
+    steps = optimizer(again)
+    weights, state = get_state_dict(again, steps, options=options)
+    dcp.load({"model": weights, "optimizer": state}, checkpoint_id=folder)
+    set_state_dict(
+        again, steps, model_state_dict=weights, optim_state_dict=state, options=StateDictOptions(strict=False)
+    )
+    ours, theirs = factors(again), factors(module)
+    assert all(torch.equal(ours[key].full_tensor(), theirs[key].full_tensor()) for key in theirs)
+
+
+def fsdp_mixed_precision() -> None:
+    rank, processes = dist.get_rank(), dist.get_world_size()
+    module = _sharded(mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
+    losses = train(module, batch(rank, processes), processes)
+    assert losses[-1] < losses[0]
+    assert all(p.dtype == torch.float32 for p in factors(module).values())
+
+
+def selection() -> None:
+    rank, processes = dist.get_rank(), dist.get_world_size()
+    mesh = init_device_mesh("cpu", (processes,))
+    for kernel, groups in (("piecewise_linear", 2), ("linear", 1), ("sigmoid", 1), ("rbf", 1)):
+        for m, n, sparsity in ((33, 20, 0.9), (7, 41, 0.5), (64, 64, 0.999)):
+            torch.manual_seed(m * n)
+            A, B = torch.randn(n, 4), torch.randn(m, 4)
+            theta = torch.tensor({"linear": [], "piecewise_linear": [0.1, -0.1]}.get(kernel, [0.1, 1.0, -0.1]))
+            settings = {"sparsity": sparsity, "kernel": kernel, "groups": groups}
+            whole = functional.select_threshold(A, B, theta, **settings)
+            for A_piece, B_piece in ((A, B.chunk(processes)[rank]), (A.chunk(processes)[rank], B)):
+                tau = select_threshold(A_piece, B_piece, theta, **settings, group=mesh.get_group(), entries=m * n)
+                assert torch.equal(tau, whole), (kernel, m, n, tau, whole)
+
+
+def _parallel(module: nn.Module, suffix: str = "") -> nn.Module:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    plan = {}
+    for i in range(2):
+        for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"):
+            plan[f"model.layers.{i}.{name}{suffix}"] = ColwiseParallel()
+        for name in ("self_attn.o_proj", "mlp.down_proj"):
+            plan[f"model.layers.{i}.{name}{suffix}"] = RowwiseParallel()
+    return parallelize_module(module, mesh, plan)
+
+
+def tensor_parallel() -> None:
+    losses, single = alone()
+    untouched = model()
+    layers = {key: m for key, m in untouched.named_modules() if isinstance(m, AdaptedLinear)}
+
+    module = model()
+    _parallel(module.base_model.model, ".base_layer")
+    splits = set()
+    for key, layer in module.named_modules():
+        if isinstance(layer, AdaptedLinear):
+            split = Split.of(layer.base_layer.weight)
+            splits.add(split.axis)
+            # Every process finds the bits of the layer that is not split.
+            assert torch.equal(layer._update("default").tau, layers[key]._update("default").tau), key
+    assert splits == {0, 1}
+    assert_losses(train(module, batch()), losses)
+    close(factors(module), factors(single))
+
+    # Merged, each process's piece of the weight is that piece of the merged whole; and it comes out again.
+    module.load_state_dict({**module.state_dict(), **factors(single)})
+    before = {key: p.to_local().clone() for key, p in module.named_parameters() if hasattr(p, "to_local")}
+    module.merge_adapter()
+    single.merge_adapter()
+    merged = dict(single.named_parameters())
+    for key, p in module.named_parameters():
+        if hasattr(p, "to_local"):
+            assert torch.equal(p.full_tensor(), merged[key]), key
+    module.unmerge_adapter()
+    assert all(torch.equal(p.to_local(), before[key]) for key, p in module.named_parameters() if key in before)
+
+
+def tensor_parallel_before_peft() -> None:
+    base = _parallel(model().unload())
+    torch.manual_seed(dist.get_rank())  # the factors agree though the processes' generators do not
+    module = get_peft_model(base, SnellConfig(r=4, target_modules="all-linear", init_weights=False))
+    twin = get_peft_model(model().unload(), copy.deepcopy(module.peft_config["default"]))
+    twin.load_state_dict(factors(module), strict=False)
+    assert_losses(train(module, batch()), train(twin, batch()))
+    close(factors(module), factors(twin))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    try:
+        for work in sys.argv[1:]:
+            globals()[work]()
+            if dist.get_rank() == 0:
+                print("done:", work, flush=True)
+    finally:
+        dist.destroy_process_group()
