@@ -1,0 +1,135 @@
+"""What a layer allocates, measured in a fresh process: torch's allocations one by one, and the process's peak.
+
+The selection over a vocabulary's 525 million entries takes a minute on one core, so it runs a sixteenth of that
+by default; ``SNELL_TEST_FULL=1 pytest tests/test_memory.py`` runs all of it.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from snell import backends
+
+MIB = 2**20
+
+pytestmark = pytest.mark.skipif("cpu" not in backends.AVAILABLE, reason="needs the native library: minutes without")
+
+# Peak resident memory over a call, reset by the kernel just before it; and what torch allocates within it.
+PRELUDE = """
+import json, math, sys, time
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from snell import functional, memo
+
+torch.set_num_threads(1)
+torch.manual_seed(int(sys.argv[1]))
+OPTIONS = {"kernel": "piecewise_linear", "groups": 2}
+THETA = torch.tensor([0.1, -0.1])
+
+def resident(field):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field))
+
+def peak_growth(function):
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+    before = resident("VmRSS")
+    result = function()
+    return resident("VmHWM") - before, result
+
+def allocated_at_peak(function):
+    '''The most bytes torch held at once within the call, over what it held before.'''
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = function()
+    held = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak, result
+"""
+
+
+def measure(script: str, *arguments: object) -> dict:
+    program = PRELUDE + textwrap.dedent(script)
+    seed = int.from_bytes(os.urandom(2), "big")
+    # Large blocks go back to the system at once, so that the peak counts what is in use and not what malloc keeps.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    finished = subprocess.run(
+        [sys.executable, "-c", program, str(seed), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=600,
+    )
+    assert finished.returncode == 0, finished.stderr
+    return json.loads(finished.stdout.splitlines()[-1])
+
+
+def test_a_large_layer_forward_and_backward_allocates_under_32_mib():
+    measured = measure(
+        """
+        m, n, tokens, rank = 11008, 4096, 16, 32
+        x, weight, grad_y = torch.randn(tokens, n), torch.randn(m, n), torch.randn(tokens, m)
+        A, B = torch.randn(n, rank) * 0.1, torch.randn(m, rank) * 0.1
+        leaves = [x, A, B]
+
+        def step():
+            for t in leaves:
+                t.requires_grad_().grad = None
+            y = functional.snell_linear(x, weight, None, A, B, THETA, sparsity=0.9, **OPTIONS, gate="soft")
+            y.backward(grad_y)
+            return y
+
+        # Not the layer's: libraries loaded and GEMM workspaces made at the first call of a process.
+        torch.mm(x.detach(), weight[:512].t()).sum()
+        outputs = sum(t.nbytes for t in [grad_y, *leaves])  # y, and a gradient of each leaf
+        with torch.autograd.profiler.record_function("warm-up"):
+            small = [torch.randn(64, 8, requires_grad=True) for _ in range(3)]
+            functional.snell_linear(small[0][:, :8], torch.randn(64, 8)[:, :8], None, torch.randn(8, 4),
+                                    torch.randn(64, 4), THETA, sparsity=0.5, **OPTIONS, gate="soft").sum().backward()
+        peak, _ = peak_growth(step)
+        memo.clear()
+        for t in leaves:
+            t.grad = None
+        allocated, _ = allocated_at_peak(step)
+        print(json.dumps({"peak": peak - outputs, "torch": allocated - outputs}))
+        """
+    )
+    assert 0 < measured["torch"] < 32 * MIB, f"torch held {measured['torch'] / MIB:.1f} MiB beyond its results"
+    assert measured["peak"] < 32 * MIB, f"the process grew by {measured['peak'] / MIB:.1f} MiB beyond its results"
+
+
+FULL = os.environ.get("SNELL_TEST_FULL") == "1"
+
+
+@pytest.mark.parametrize("sparsity", [0.9, 0.999] if FULL else [0.9])
+def test_selection_over_a_vocabulary_is_exact_and_allocates_under_64_mib(sparsity):
+    measured = measure(
+        """
+        m, n, rank, sparsity = int(sys.argv[2]), 4096, 8, float(sys.argv[3])
+        A, B = torch.randn(n, rank), torch.randn(m, rank)
+        warm = torch.randn(64, rank)
+        functional.select_threshold(warm, warm, THETA, sparsity=0.5, **OPTIONS)
+        started = time.perf_counter()
+        peak, tau = peak_growth(lambda: functional.select_threshold(A, B, THETA, sparsity=sparsity, **OPTIONS))
+        seconds = time.perf_counter() - started
+        # tau is the k-th smallest if and only if fewer than k lie below it and at least k do not lie above.
+        below = ties = 0
+        for rows in B.split(1024):
+            magnitudes = functional.merge(A, rows, THETA, torch.zeros(()), **OPTIONS, gate="none").abs_()
+            below += magnitudes.lt(tau).count_nonzero().item()
+            ties += magnitudes.eq(tau).count_nonzero().item()
+        print(json.dumps({"peak": peak, "below": below, "ties": ties, "entries": m * n, "tau": tau.item(),
+                          "k": math.ceil(sparsity * (m * n)), "seconds": seconds}))
+        """,
+        128256 if FULL else 8016,
+        sparsity,
+    )
+    assert measured["below"] < measured["k"] <= measured["below"] + measured["ties"], measured
+    assert 0 < measured["peak"] < 64 * MIB, f"the process grew by {measured['peak'] / MIB:.1f} MiB"
