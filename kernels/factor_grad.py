@@ -13,8 +13,8 @@ program an output, always in the same order: the same bits every run, without at
 
 The two products decide nothing about survivors and run on tensor cores: for a float32 G as three tf32
 products, which keep float32's accuracy; for a half-precision G as one, whose rounding (2^-11) is below what
-G itself was rounded by (2^-9 or 2^-11). Shares take ``r (1/BLOCK_M + 1/BLOCK_N)`` numbers an entry, so the launcher goes
-by bands of rows that keep them within WORKSPACE_BYTES, which stay in the L2 cache.
+G itself was rounded by (2^-9 or 2^-11). Shares take ``r (1/BLOCK_M + 1/BLOCK_N)`` numbers an entry, so the
+launcher goes by bands of rows that keep them within WORKSPACE_BYTES, which stay in the L2 cache.
 """
 
 from __future__ import annotations
@@ -25,11 +25,14 @@ import triton.language as tl
 from torch import Tensor
 
 from snell.kernels import launch
-from snell.kernels.kappa import gate_value, kernel_value, pair_statistics, statistic_slope, theta_slope
+from snell.kernels.kappa import gate_value, kernel_value, pair_statistic, pair_statistics, statistic_slope, theta_slope
 from snell.kernels.merge import add_update, tile_indices, tile_pointers
 
 #: Shares of one band. Small beside a 40 MiB L2 cache, yet 650 tiles of work at r = 32.
 WORKSPACE_BYTES = 8 * 2**20
+
+#: Groups whose norms stay in registers between K and the gradients; more are computed again.
+HELD = tl.constexpr(2)
 
 #: Outputs of one reducing program, and shares it adds at a time.
 REDUCE_OUTPUTS = 64
@@ -129,16 +132,21 @@ def factor_grad_kernel(
         tl.store(tile_pointers(merged_ptr, rows, cols, merged_row_stride, merged_col_stride), merged, mask)
     # Padding has factors of 0, and so may have a K of its own: its H must not count.
     H = tl.where(mask, H, 0.0)
-    for t in tl.static_range(NUM_THETA):
-        tl.store(
-            share_theta_ptr + tile.to(tl.int64) * NUM_THETA + t,
-            tl.sum(theta_slope(H, statistics, theta_ptr, t, KERNEL)),
-        )
+    share_theta_ptr += tile.to(tl.int64) * NUM_THETA
     across = tl.cdiv(n, BLOCK_N)
     COUNT: tl.constexpr = RANK // GROUPS if KERNEL == "piecewise_linear" else RANK
     for p in tl.static_range(RANK // COUNT):
+        if RANK // COUNT <= HELD:
+            statistic = statistics[p]
+        else:
+            statistic = pair_statistic(
+                b_ptr, a_ptr, b_stride, a_stride, rows, cols, row_mask, col_mask, p, RANK, GROUPS, KERNEL
+            )
+        for t in tl.static_range(NUM_THETA):
+            if KERNEL != "piecewise_linear" or t == p:
+                tl.store(share_theta_ptr + t, tl.sum(theta_slope(H, statistic, theta_ptr, t, KERNEL)))
         _products(
-            statistic_slope(H, statistics, theta_ptr, p, KERNEL),
+            statistic_slope(H, statistic, theta_ptr, p, KERNEL),
             a_ptr,
             b_ptr,
             a_stride,
@@ -234,14 +242,14 @@ def factor_grad(
         rows, down = stop - start, -(-(stop - start) // row.block_m)
         shares = [G.new_empty(size, dtype=torch.float32) for size in (down * n * rank, across * rows * rank)]
         shares.append(G.new_empty(down * across * theta.numel(), dtype=torch.float32))
-        g = G[start:stop]
+        g, b = G[start:stop], B[start:stop]
         w = g if weight is None else weight[start:stop]
         out = g if merged is None else merged[start:stop]
-        b = B[start:stop]
+        strides = (A.stride(1), b.stride(1), *g.stride(), *w.stride(), *out.stride())
         launch.run(
             factor_grad_kernel,
             down * across,
-            (A, b, theta, tau, g, w, out, *shares, A.stride(1), b.stride(1), *g.stride(), *w.stride(), *out.stride(), rows, n),
+            (A, b, theta, tau, g, w, out, *shares, *strides, rows, n),
             row,
             HAS_WEIGHT=weight is not None,
             HAS_MERGED=merged is not None,

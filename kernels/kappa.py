@@ -52,6 +52,31 @@ def _pair_statistic(
 
 
 @triton.jit
+def pair_statistic(
+    b_ptr,
+    a_ptr,
+    b_stride,
+    a_stride,
+    rows,
+    cols,
+    row_mask,
+    col_mask,
+    p: tl.constexpr,
+    RANK: tl.constexpr,
+    GROUPS: tl.constexpr,
+    KERNEL: tl.constexpr,
+):
+    """The norm of group p, the squared distance (rbf) or the dot product.
+
+    ``rows [M, 1]`` and ``cols [1, N]`` give [M, N] of every pair; of equal shape they give the pairs themselves.
+    """
+    DISTANCE: tl.constexpr = KERNEL == "piecewise_linear" or KERNEL == "rbf"
+    COUNT: tl.constexpr = RANK // GROUPS if KERNEL == "piecewise_linear" else RANK
+    s = _pair_statistic(b_ptr + rows, a_ptr + cols, b_stride, a_stride, row_mask, col_mask, p * COUNT, COUNT, DISTANCE)
+    return tl.sqrt(s) if KERNEL == "piecewise_linear" else s
+
+
+@triton.jit
 def pair_statistics(
     b_ptr,
     a_ptr,
@@ -65,28 +90,19 @@ def pair_statistics(
     GROUPS: tl.constexpr,
     KERNEL: tl.constexpr,
 ):
-    """A tuple: the norms per group, the squared distance (rbf) or the dot product.
-
-    ``rows [M, 1]`` and ``cols [1, N]`` give [M, N] of every pair; of equal shape they give the pairs themselves.
-    """
-    DISTANCE: tl.constexpr = KERNEL == "piecewise_linear" or KERNEL == "rbf"
-    COUNT: tl.constexpr = RANK // GROUPS if KERNEL == "piecewise_linear" else RANK
+    """A tuple of all that K reads: one statistic a group, or one."""
     statistics = ()
-    for p in tl.static_range(RANK // COUNT):
-        s = _pair_statistic(
-            b_ptr + rows, a_ptr + cols, b_stride, a_stride, row_mask, col_mask, p * COUNT, COUNT, DISTANCE
-        )
-        statistics = statistics + (tl.sqrt(s) if KERNEL == "piecewise_linear" else s,)  # noqa: RUF005 (Triton's own tuples)
+    for p in tl.static_range(GROUPS if KERNEL == "piecewise_linear" else 1):
+        s = pair_statistic(b_ptr, a_ptr, b_stride, a_stride, rows, cols, row_mask, col_mask, p, RANK, GROUPS, KERNEL)
+        statistics = statistics + (s,)  # noqa: RUF005 (Triton's tuples have no unpacking)
     return statistics
 
 
 @triton.jit
-def unit_value(statistics, theta_ptr, KERNEL: tl.constexpr):
+def unit_value(statistic, theta_ptr, KERNEL: tl.constexpr):
     """What sigmoid and rbf scale by alpha and shift by gamma."""
-    beta = tl.load(theta_ptr + 1)
-    if KERNEL == "sigmoid":
-        return 1.0 / (1.0 + tl.exp(-(beta * statistics[0])))
-    return tl.exp(-(beta * statistics[0]))
+    e = tl.exp(-(tl.load(theta_ptr + 1) * statistic))
+    return 1.0 / (1.0 + e) if KERNEL == "sigmoid" else e
 
 
 @triton.jit
@@ -99,7 +115,7 @@ def kernel_value(statistics, theta_ptr, KERNEL: tl.constexpr):
         for p in tl.static_range(1, len(statistics)):
             K = tl.fma(tl.zeros_like(K) + tl.load(theta_ptr + p), statistics[p], K)
         return K
-    unit = unit_value(statistics, theta_ptr, KERNEL)
+    unit = unit_value(statistics[0], theta_ptr, KERNEL)
     zero = tl.zeros_like(unit)
     return tl.fma(unit, zero + tl.load(theta_ptr), zero + tl.load(theta_ptr + 2))
 
@@ -121,31 +137,28 @@ def gate_value(K, tau_ptr, GATE: tl.constexpr):
 
 
 @triton.jit
-def theta_slope(H, statistics, theta_ptr, t: tl.constexpr, KERNEL: tl.constexpr):
-    """H * dK/dtheta_t."""
+def theta_slope(H, statistic, theta_ptr, t: tl.constexpr, KERNEL: tl.constexpr):
+    """H * dK/dtheta_t; for piecewise_linear, ``statistic`` is that of group t."""
     if KERNEL == "piecewise_linear":
-        return H * statistics[t]
+        return H * statistic
     if t == 2:
         return H
-    unit = unit_value(statistics, theta_ptr, KERNEL)
+    unit = unit_value(statistic, theta_ptr, KERNEL)
     if t == 0:
         return H * unit
     alpha = tl.load(theta_ptr)
     if KERNEL == "sigmoid":
-        return H * alpha * unit * (1.0 - unit) * statistics[0]
-    return -(H * alpha * unit * statistics[0])
+        return H * alpha * unit * (1.0 - unit) * statistic
+    return -(H * alpha * unit * statistic)
 
 
 @triton.jit
-def statistic_slope(H, statistics, theta_ptr, p: tl.constexpr, KERNEL: tl.constexpr):
+def statistic_slope(H, statistic, theta_ptr, p: tl.constexpr, KERNEL: tl.constexpr):
     """C: ``H * dK`` is ``C (b - a) . d(b - a)`` for a distance, ``C d(b . a)`` for a dot product."""
     if KERNEL == "linear":
         return H
     if KERNEL == "piecewise_linear":
-        norm = statistics[p]
-        return tl.where(norm == 0.0, 0.0, tl.load(theta_ptr + p) * H / norm)
-    alpha, beta = tl.load(theta_ptr), tl.load(theta_ptr + 1)
-    unit = unit_value(statistics, theta_ptr, KERNEL)
-    if KERNEL == "sigmoid":
-        return H * (alpha * beta) * unit * (1.0 - unit)
-    return -2.0 * H * (alpha * beta) * unit
+        return tl.where(statistic == 0.0, 0.0, tl.load(theta_ptr + p) * H / statistic)
+    scale = tl.load(theta_ptr) * tl.load(theta_ptr + 1)
+    unit = unit_value(statistic, theta_ptr, KERNEL)
+    return H * scale * unit * (1.0 - unit) if KERNEL == "sigmoid" else -2.0 * H * scale * unit

@@ -1,9 +1,7 @@
 """Launch parameters by architecture and operation, with the reason beside each row.
 
-Chosen from the compiler's own figures (registers, no spill, instructions an entry), not from timings: a
-64 x 64 tile of 4 warps holds 32 entries a thread, the most at which K, its statistics and the tile it is
-combined with stay in registers with 4 blocks on a multiprocessor. ``python -m bench.tune`` times the
-candidates on a GPU and prints a new row.
+Chosen from the compiler's own figures (registers, no spill, instructions an entry), not from timings.
+``python -m bench.tune`` times the candidates on a GPU and prints a new row.
 """
 
 from __future__ import annotations
@@ -19,14 +17,15 @@ class Row(NamedTuple):
     num_warps: int
 
 
-#: 16 consecutive bytes of a bf16 weight a thread, 8 threads a row: whole 128-byte lines both ways.
-_MERGE = Row(64, 64, 4)
-#: Nothing is loaded but factors: 8 rows x 4 columns a thread reads 12 numbers for 32 entries.
-_SELECT = Row(8, 512, 4)
-#: As merge, and partial sums of r (1/block_m + 1/block_n) numbers an entry.
-_FACTOR_GRAD = Row(64, 64, 4)
-#: 64 rows feed one matrix instruction; the columns' loop keeps loads in flight.
-_FEW_TOKENS = Row(64, 64, 4)
+#: 16 consecutive bytes of a bf16 weight a thread, 8 threads a row: whole 128-byte lines both ways. 16 entries
+#: a thread leave K 64 registers at r = 32, so that 4 blocks share a multiprocessor, and none spills at r = 256.
+_MERGE = Row(64, 64, 8)
+#: Nothing is loaded but factors: 4 rows x 4 columns a thread reads 8 numbers for 16 entries; 32 entries spill.
+_SELECT = Row(4, 512, 4)
+#: As merge; its two products take 140 registers a thread with a half-precision G, and 32 entries spill.
+_FACTOR_GRAD = Row(64, 64, 8)
+#: As merge: 64 rows feed one matrix instruction, and its columns are walked in strides of 64.
+_FEW_TOKENS = Row(64, 64, 8)
 
 _ROWS = {"merge": _MERGE, "select": _SELECT, "factor_grad": _FACTOR_GRAD, "few_tokens": _FEW_TOKENS}
 

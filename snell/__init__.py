@@ -4,7 +4,8 @@ from importlib.metadata import version
 
 from snell import backends, functional, reference
 from snell.linear import SnellLinear
+from snell.thresholds import refresh_thresholds
 
 __version__ = version("snell")
 
-__all__ = ["SnellLinear", "backends", "functional", "reference"]
+__all__ = ["SnellLinear", "backends", "functional", "reference", "refresh_thresholds"]

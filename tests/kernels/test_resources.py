@@ -1,0 +1,72 @@
+"""Every kernel compiles for every architecture, keeps to its registers and to its shared memory."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton's compiler")
+
+#: Bytes of shared memory one block may take (CUDA C++ programming guide, compute capabilities).
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+REGISTERS = 64 * 1024
+
+KERNELS = {
+    "merge_kernel",
+    "factor_grad_kernel",
+    "add_shares_kernel",
+    "few_tokens_kernel",
+    "add_splits_kernel",
+    "fingerprint_kernel",
+    "sample_kernel",
+    "bracket_kernel",
+    "count_kernel",
+    "choose_kernel",
+}
+
+
+def compiled(what: str, arch: int) -> list[dict]:
+    """In a process of its own: this one may have the kernels as the interpreter's."""
+    worker = Path(__file__).with_name("resources.py")
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONWARNINGS": "ignore"}
+    run = subprocess.run(
+        [sys.executable, worker, what, str(arch)], capture_output=True, text=True, env=environment, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+def faults(found: dict) -> list[str]:
+    """What keeps a kernel from running at speed, or at all, on its architecture."""
+    name = f"{found['kernel']} for sm_{found['arch']} ({found['settings']}, {found['dtypes']})"
+    told = [f"{name} spills: {found[kind]} bytes of {kind}" for kind in ("stack", "local") if found[kind]]
+    if found["shared"] > SHARED[found["arch"]]:
+        told.append(f"{name} takes {found['shared']} bytes of shared memory")
+    if found["registers"] * 32 * found["warps"] > REGISTERS:
+        told.append(f"{name} takes {found['registers']} registers for each of {found['warps']} warps")
+    return told
+
+
+@pytest.mark.parametrize("arch", SHARED)
+def test_kernels_keep_to_registers_and_shared_memory(arch, capsys):
+    table = compiled("operations", arch)
+    with capsys.disabled():
+        print(f"\n{'sm_' + str(arch):20}{'settings':26}{'dtypes':36}{'warps':>6}{'regs':>6}{'shared':>8}{'stack':>6}")
+        for row in table:
+            print(
+                f"{row['kernel']:20}{row['settings']:26}{row['dtypes']:36}{row['warps']:6}{row['registers']:6}"
+                f"{row['shared']:8}{row['stack']:6}"
+            )
+    assert {row["kernel"] for row in table} == KERNELS
+    assert [fault for row in table for fault in faults(row)] == []
+
+
+def test_a_kernel_that_spills_is_found():
+    (found,) = compiled("spilling", 90)
+    assert [fault for fault in faults(found) if "spills" in fault]
