@@ -86,23 +86,26 @@ def test_a_large_layer_forward_and_backward_allocates_under_32_mib():
             y.backward(grad_y)
             return y
 
-        # Not the layer's: libraries loaded and GEMM workspaces made at the first call of a process.
-        torch.mm(x.detach(), weight[:512].t()).sum()
+        # What any layer costs a process once: the GEMM library's own buffers, and the hundreds of Python modules that
+        # torch imports at the first backward(gradient).
+        torch.mm(x, weight.t())
+        torch.mm(grad_y, weight)
+        torch.mm(grad_y.t(), x)
+        few = [torch.randn(64, 8, requires_grad=True) for _ in range(4)]
+        functional.snell_linear(few[0], few[1], None, few[2][:8], few[3], THETA, sparsity=0.5, **OPTIONS,
+                                gate="soft").backward(torch.ones(64, 64))
         outputs = sum(t.nbytes for t in [grad_y, *leaves])  # y, and a gradient of each leaf
-        with torch.autograd.profiler.record_function("warm-up"):
-            small = [torch.randn(64, 8, requires_grad=True) for _ in range(3)]
-            functional.snell_linear(small[0][:, :8], torch.randn(64, 8)[:, :8], None, torch.randn(8, 4),
-                                    torch.randn(64, 4), THETA, sparsity=0.5, **OPTIONS, gate="soft").sum().backward()
         peak, _ = peak_growth(step)
         memo.clear()
         for t in leaves:
             t.grad = None
         allocated, _ = allocated_at_peak(step)
-        print(json.dumps({"peak": peak - outputs, "torch": allocated - outputs}))
+        print(json.dumps({"resident": peak - outputs, "torch": allocated - outputs}))
         """
     )
-    assert 0 < measured["torch"] < 32 * MIB, f"torch held {measured['torch'] / MIB:.1f} MiB beyond its results"
-    assert measured["peak"] < 32 * MIB, f"the process grew by {measured['peak'] / MIB:.1f} MiB beyond its results"
+    # A block of the workspace must show up in both: else nothing was measured.
+    for what, grown in measured.items():
+        assert 8 * MIB < grown < 32 * MIB, f"{what}: {grown / MIB:.1f} MiB beyond inputs, outputs and gradients"
 
 
 FULL = os.environ.get("SNELL_TEST_FULL") == "1"
