@@ -28,7 +28,7 @@ from transformers import ViTForImageClassification
 from transformers.utils import logging
 
 from bench.demo_data import Domains, Images, draw_few, load_domains
-from bench.demo_methods import METHODS, Method, map_backbone, new_vit, shown_layer, weight_change
+from bench.demo_methods import METHODS, SETTINGS, Method, map_backbone, new_vit, shown_layer, weight_change
 from bench.demo_report import Result, draw, table
 from bench.demo_training import BATCH, accuracy, costs, num_trainable, train
 from bench.machine import machine_facts
@@ -128,7 +128,7 @@ def run(out: Path, settings: Settings | None = None, methods: Sequence[Method] =
     facts = {
         "command": "python -m bench.demo",
         "machine": machine_facts(),
-        "settings": asdict(settings),
+        "settings": asdict(settings) | {"methods": SETTINGS},
         "source_accuracy": source,
         "target_accuracy_before_tuning": untuned,
         "reloaded_max_logit_difference": difference,
@@ -144,9 +144,9 @@ def run(out: Path, settings: Settings | None = None, methods: Sequence[Method] =
     )
     print(table(results))
     print(
-        f"\nSNELL merged into plain nn.Linear layers, saved and loaded as a plain ViT: largest difference of a logit "
-        f"{difference:.1e}.\nPicture, figures and model: {out}/demo.png, demo.json, demo_model/. "
-        f"{facts['seconds']:.0f} s in all."
+        f"\n{SETTINGS}\n\nSNELL merged into plain nn.Linear layers, saved and loaded as a plain ViT: "
+        f"largest difference of a logit {difference:.1e}.\n"
+        f"Picture, figures and model: {out}/demo.png, demo.json, demo_model/. {facts['seconds']:.0f} s in all."
     )
     return results
 
