@@ -101,6 +101,10 @@ def dequantise(tuner_layer: Any) -> Tensor:
             f"an adapter cannot be merged into a {type(layer).__name__}: its weight is not a float matrix, and PEFT "
             "cannot quantise it anew. Keep the adapter unmerged"
         )
+    if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
+        # bitsandbytes has packed 4 bits for a CPU's vector units, in an order PEFT does not know: ask the layer.
+        unit = torch.eye(layer.in_features, device=layer.weight.device)
+        return (layer(unit) - (0 if layer.bias is None else layer.bias)).T.contiguous()
     weight = backend.get_base_weight(layer).detach().clone()
     return weight.T if tuner_layer.fan_in_fan_out else weight
 

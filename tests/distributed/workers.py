@@ -84,7 +84,8 @@ def fsdp_mixed_precision() -> None:
     rank, processes = dist.get_rank(), dist.get_world_size()
     module = _sharded(mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
     losses = train(module, batch(rank, processes), processes)
-    assert losses[-1] < losses[0]
+    # Weights and activations keep 8 bits, and so does the loss; the factors keep all of theirs.
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(alone()[0]), rtol=2**-6, atol=0)
     assert all(p.dtype == torch.float32 for p in factors(module).values())
 
 
