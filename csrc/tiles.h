@@ -62,9 +62,11 @@ struct Operand {
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t panel = 0; panel < panels; ++panel) {
       T* to = &packed[panel * rank * TILE<T>];
-      for (int64_t c = 0; c < TILE<T>; ++c) {
-        int64_t j = panel * TILE<T> + c;
-        for (int64_t k = 0; k < rank; ++k) to[k * TILE<T> + c] = j < n ? A[j * rank + k] : T(0);
+      const int64_t first = panel * TILE<T>, valid = std::min<int64_t>(TILE<T>, n - first);
+      if (valid < TILE<T>) std::memset(to, 0, rank * TILE<T> * sizeof(T));
+      for (int64_t c = 0; c < valid; ++c) {
+        const T* from = A + (first + c) * rank;
+        for (int64_t k = 0; k < rank; ++k) to[k * TILE<T> + c] = from[k];
       }
     }
   }

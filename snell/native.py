@@ -128,12 +128,13 @@ def factor_grad(
 ) -> None:
     """Add to the gradients, contiguous and of the factors' dtype; write weight + dW into ``merged``."""
     assert _library is not None
+    G_matrix = _matrix(G)
     _check(
         _library.snell_factor_grad(
             byref(_update(A, B, theta, tau, kernel, groups, gate)),
-            byref(_matrix(G)),
+            byref(G_matrix),
             byref(_matrix(weight)),
-            byref(_matrix(merged)),
+            byref(G_matrix if merged is G else _matrix(merged)),
             grad_A.data_ptr(),
             grad_B.data_ptr(),
             grad_theta.data_ptr(),

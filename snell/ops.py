@@ -17,7 +17,7 @@ merge                dW or weight + dW, whole, differentiable
 merge_backward       its gradients of the factors and theta
 linear               y = x (W0 + dW)^T + bias, differentiable, nothing of size m*n kept; y = x dW^T where
                      there is no weight (a base that cannot be added to: quantised, several adapters)
-linear_backward      its gradients; those not asked for come back as empty tensors
+linear_backward      its gradients, those that are asked for
 ===================  ==============================================================================
 """
 
@@ -26,6 +26,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from snell import schedule
 
@@ -43,7 +44,7 @@ for _schema in (
     f"merge_backward(Tensor G, {_FACTORS}, {_UPDATE}) -> (Tensor, Tensor, Tensor)",
     f"linear(Tensor x, Tensor? weight, Tensor? bias, {_FACTORS}, {_UPDATE}) -> Tensor",
     f"linear_backward(Tensor grad_y, Tensor? x, Tensor? weight, {_FACTORS}, {_UPDATE}, bool need_x, bool need_weight,"
-    " bool need_bias, bool need_factors) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " bool need_bias, bool need_factors) -> Tensor[]",
 ):
     LIBRARY.define(_schema)
 
@@ -89,12 +90,10 @@ def _(x, weight, bias, A, B, theta, tau, kernel, groups, gate):
 
 @torch.library.register_fake("snell::linear_backward")
 def _(grad_y, x, weight, A, B, theta, tau, kernel, groups, gate, need_x, need_weight, need_bias, need_factors):
-    return (
-        grad_y.new_empty((*grad_y.shape[:-1], A.shape[0]) if need_x else (0,)),
-        torch.empty_like(weight) if need_weight else grad_y.new_empty(0),
-        (grad_y if weight is None else weight).new_empty(B.shape[0] if need_bias else 0),
-        *(torch.empty_like(t if need_factors else t[:0]) for t in (A, B, theta)),
-    )
+    grads = [grad_y.new_empty(*grad_y.shape[:-1], A.shape[0])] if need_x else []
+    grads += [torch.empty_like(weight)] if need_weight else []
+    grads += [(grad_y if weight is None else weight).new_empty(B.shape[0])] if need_bias else []
+    return grads + ([torch.empty_like(t) for t in (A, B, theta)] if need_factors else [])
 
 
 def _merge_setup(ctx, inputs, output):
@@ -115,6 +114,14 @@ def _merge_backward(ctx, G):
 torch.library.register_autograd("snell::merge", _merge_backward, setup_context=_merge_setup)
 
 
+def _below_autograd(operation, function, lead, *args):
+    """The operation; at once the function behind it where nothing listens on the dispatcher, a dispatch cheaper."""
+    if type(lead) is Tensor and not lead.is_meta and not is_in_torch_dispatch_mode():
+        return function(lead, *args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operation(lead, *args)
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
@@ -123,28 +130,37 @@ class _Linear(torch.autograd.Function):
         # x serves the gradients of the factors and the weight alone: a layer that trains neither keeps no activation.
         kept_x = x if need_weight or need_A or need_B or need_theta else None
         ctx.save_for_backward(kept_x, weight, A, B, theta, tau)
-        with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.snell.linear.default(*inputs)
+        return _below_autograd(torch.ops.snell.linear.default, schedule.linear_forward, *inputs)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_y):
-        x, weight, A, B, theta, tau = ctx.saved_tensors
-        need_x, need_weight, need_bias, need_A, need_B, need_theta = ctx.needs_input_grad[:6]
-        need_factors = need_A or need_B or need_theta
-        update = (A, B, theta, tau, ctx.kernel, ctx.groups, ctx.gate)
-        grad_x, grad_weight, grad_bias, grad_A, grad_B, grad_theta = torch.ops.snell.linear_backward.default(
-            grad_y, x, weight, *update, need_x, need_weight, need_bias, need_factors
-        )
-        return (
-            grad_x if need_x else None,
-            grad_weight if need_weight else None,
-            grad_bias if need_bias else None,
-            grad_A if need_A else None,
-            grad_B if need_B else None,
-            grad_theta if need_theta else None,
-            *(None,) * 4,
-        )
+        # The decorator costs a small layer a noticeable moment, and says nothing where no graph is asked for.
+        return (_refuse_twice if torch.is_grad_enabled() else _linear_gradients)(ctx, grad_y)
+
+
+def _linear_gradients(ctx, grad_y):
+    x, weight, A, B, theta, tau = ctx.saved_tensors
+    need_x, need_weight, need_bias, need_A, need_B, need_theta = ctx.needs_input_grad[:6]
+    need_factors = need_A or need_B or need_theta
+    update = (A, B, theta, tau, ctx.kernel, ctx.groups, ctx.gate)
+    needs = (need_x, need_weight, need_bias, need_factors)
+    found = _below_autograd(
+        torch.ops.snell.linear_backward.default, schedule.linear_backward, grad_y, x, weight, *update, *needs
+    )
+    grad_A, grad_B, grad_theta = found[-3:] if need_factors else (None, None, None)
+    rest = iter(found)
+    return (
+        next(rest) if need_x else None,
+        next(rest) if need_weight else None,
+        next(rest) if need_bias else None,
+        grad_A if need_A else None,
+        grad_B if need_B else None,
+        grad_theta if need_theta else None,
+        *(None,) * 4,
+    )
+
+
+_refuse_twice = once_differentiable(_linear_gradients)
 
 
 def linear(
@@ -163,8 +179,7 @@ def linear(
     inputs = (x, weight, bias, A, B, theta, tau, kernel, groups, gate)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs[:6]):
         return _Linear.apply(*inputs)
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.snell.linear.default(*inputs)
+    return _below_autograd(torch.ops.snell.linear.default, schedule.linear_forward, *inputs)
 
 
 # By hand: what register_autograd builds parses the schema at every call, which costs a small layer as much as its work.

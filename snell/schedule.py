@@ -20,6 +20,10 @@ from torch import Tensor
 #: stay in the last-level cache between the pass that writes them and the GEMM that reads them.
 WORKSPACE_BYTES = 16 * 2**20
 
+#: The same on a GPU: more, as one block's GEMM has to fill every multiprocessor, but still within the L2 cache (40 MiB
+#: and up), and, with the kernels' own 8 MiB, within 32 MiB.
+GPU_WORKSPACE_BYTES = 24 * 2**20
+
 #: Blocks are multiples of this many rows or columns where they are not the whole.
 BLOCK_MULTIPLE = 64
 
@@ -33,19 +37,30 @@ def _backend(device: torch.device) -> ModuleType:
     return BACKENDS.get(device.type) or BACKENDS[""]
 
 
-def block_length(bytes_per_line: int, lines: int) -> int:
+def block_length(bytes_per_line: int, lines: int, device_type: str = "cpu") -> int:
     """How many rows (or columns) of ``bytes_per_line`` one block holds."""
-    length = WORKSPACE_BYTES // max(bytes_per_line, 1)
+    limit = GPU_WORKSPACE_BYTES if device_type == "cuda" else WORKSPACE_BYTES
+    length = limit // max(bytes_per_line, 1)
     if length >= lines:
         return max(lines, 1)
     return max(length - length % BLOCK_MULTIPLE, min(BLOCK_MULTIPLE, lines), 1)
 
 
-def _split(matrix: Tensor | None, length: int, dim: int) -> Iterable[Any]:
-    """Blocks of ``length`` rows (dim 0) or columns (dim 1); None over and over where there is no matrix."""
-    if matrix is None:
-        return repeat(None)
-    return (matrix,) if matrix.shape[dim] <= length else matrix.split(length, dim)
+def _laid_out(backend: ModuleType, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors as the backend's block operations like them: copied once a pass, not once a block."""
+    return backend.laid_out(A, B) if hasattr(backend, "laid_out") else (A, B)
+
+
+def _as_matrix(t: Tensor, features: int) -> Tensor:
+    """``[..., features]`` as ``[tokens, features]``; a view where there is one."""
+    return t if t.dim() == 2 else t.reshape(-1, features)
+
+
+def _blocks(length: int, lines: int, *matrices: tuple[Tensor | None, int]) -> Iterable[tuple[Any, ...]]:
+    """The matrices in blocks of ``length`` rows (dim 0) or columns (dim 1), side by side; None stays None."""
+    if length >= lines:
+        return (tuple(matrix for matrix, _ in matrices),)
+    return zip(*(repeat(None) if t is None else t.split(length, dim) for t, dim in matrices), strict=False)
 
 
 def _block(workspace: Tensor, weight: Tensor | None, rows: int, cols: int) -> Tensor:
@@ -92,14 +107,16 @@ def linear_forward(
     y = x.new_empty(*x.shape[:-1], m)
     if not y.numel():
         return y
-    x2, y2 = x.reshape(-1, n), y.view(-1, m)
+    x2, y2 = _as_matrix(x, n), _as_matrix(y, m)
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
-    rows = block_length(n * x.element_size(), m)
-    workspace, backend = x.new_empty(rows * n), _backend(x.device)
-    for B_block, W_block, bias_block, y_block in zip(
-        _split(B, rows, 0), _split(weight, rows, 0), _split(bias, rows, 0), _split(y2, rows, 1), strict=False
-    ):
+    backend = _backend(x.device)
+    if hasattr(backend, "linear_few") and backend.serves_few(x2, A):
+        return backend.linear_few(x2, weight, bias, A, B, theta, tau, kernel, groups, gate).view(y.shape)
+    rows = block_length(n * x.element_size(), m, x.device.type)
+    workspace = x.new_empty(rows * n)
+    A, B = _laid_out(backend, A, B)
+    for B_block, W_block, bias_block, y_block in _blocks(rows, m, (B, 0), (weight, 0), (bias, 0), (y2, 1)):
         block = _block(workspace, weight, B_block.shape[0], n)
         backend.merge_out(A, B_block, theta, tau, W_block, block, kernel, groups, gate)
         if bias_block is None:
@@ -124,28 +141,23 @@ def linear_backward(
     need_weight: bool,
     need_bias: bool,
     need_factors: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``snell::linear_backward``; gradients that are not needed come back empty."""
+) -> list[Tensor]:
+    """``snell::linear_backward``: the gradients that are needed, of x, weight, bias and (all three) A, B, theta."""
     m, n = B.shape[0], A.shape[0]
-    dy = grad_y.reshape(-1, m)
-    grad_x = dy.new_empty((*grad_y.shape[:-1], n) if need_x else (0,))
-    grad_weight = torch.empty_like(weight) if need_weight and weight is not None else dy.new_empty(0)
-    bias_dtype = dy.dtype if weight is None else weight.dtype
-    grad_bias = dy.sum(0).to(bias_dtype) if need_bias else dy.new_empty(0, dtype=bias_dtype)
-    factor_grads = tuple(torch.zeros_like(t if need_factors else t[:0]) for t in (A, B, theta))
+    dy = _as_matrix(grad_y, m)
+    grad_x = dy.new_empty(*grad_y.shape[:-1], n) if need_x else None
+    grad_weight = torch.empty_like(weight) if need_weight and weight is not None else None
+    grad_bias = dy.sum(0, dtype=dy.dtype if weight is None else weight.dtype) if need_bias else None
+    factor_grads = [torch.zeros_like(t) for t in (A, B, theta)] if need_factors else [None] * 3
     need_G = need_weight or need_factors
     if need_G or need_x:
-        x2, dx = x.reshape(-1, n) if need_G else None, grad_x.view(-1, n) if need_x else None
         cols = block_length(m * dy.element_size(), n)
         workspace, backend = dy.new_empty(m * cols), _backend(dy.device)
-        for A_block, W_block, x_block, dx_block, dW_block, dA_block in zip(
-            _split(A, cols, 0),
-            _split(weight, cols, 1),
-            _split(x2, cols, 1),
-            _split(dx, cols, 1),
-            _split(grad_weight if need_weight else None, cols, 1),
-            _split(factor_grads[0] if need_factors else None, cols, 0),
-            strict=False,
+        x2 = _as_matrix(x, n) if x is not None and need_G else None
+        dx = None if grad_x is None else _as_matrix(grad_x, n)
+        dA = factor_grads[0]
+        for A_block, W_block, x_block, dx_block, dW_block, dA_block in _blocks(
+            cols, n, (A, 0), (weight, 1), (x2, 1), (dx, 1), (grad_weight, 1), (dA, 0)
         ):
             block = _block(workspace, weight, m, A_block.shape[0])
             if need_G:
@@ -160,4 +172,4 @@ def linear_backward(
                 backend.merge_out(A_block, B, theta, tau, W_block, block, kernel, groups, gate)
             if dx_block is not None:
                 torch.mm(dy, block, out=dx_block)
-    return grad_x, grad_weight, grad_bias, *factor_grads
+    return [grad for grad in (grad_x, grad_weight, grad_bias, *factor_grads) if grad is not None]
