@@ -23,7 +23,7 @@ def fingerprint(*tensors: Tensor) -> bytes:
     """A digest of what tensors in the computer's own memory hold."""
     digest = hashlib.blake2b(digest_size=16)
     for tensor in tensors:
-        digest.update(memoryview(tensor.detach().contiguous().numpy()).cast("B"))
+        digest.update(tensor.detach().contiguous().numpy().tobytes())
     return digest.digest()
 
 

@@ -104,7 +104,7 @@ def _merge_setup(ctx, inputs, output):
 
 def _merge_backward(ctx, G):
     A, B, theta, tau = ctx.saved_tensors
-    grads: tuple[Tensor | None, ...] = (None, None, None)
+    grads = (None, None, None)
     if any(ctx.needs_input_grad[:3]):
         grads = torch.ops.snell.merge_backward.default(G, A, B, theta, tau, ctx.kernel, ctx.groups, ctx.gate)
     grad_weight = G.to(ctx.weight_dtype) if ctx.needs_input_grad[4] else None

@@ -54,7 +54,7 @@ def merge_out(
     groups: int,
     gate: str,
 ) -> None:
-    for i, j in _tiles(*out.shape, A.shape[1]):
+    for i, j in _tiles(B.shape[0], *A.shape):
         K = kernel_matrix(A[j], B[i], theta, kernel=kernel, groups=groups)
         gates = gate_values(K, tau, gate=gate)
         _write(out[i, j], None if weight is None else weight[i, j], K * gates)
@@ -83,7 +83,7 @@ def factor_grad(
     groups: int,
     gate: str,
 ) -> None:
-    for i, j in _tiles(*G.shape, A.shape[1]):
+    for i, j in _tiles(B.shape[0], *A.shape):
         K = kernel_matrix(A[j], B[i], theta, kernel=kernel, groups=groups)
         gates = gate_values(K, tau, gate=gate)
         H = torch.where(gates == 0, 0, G[i, j].to(K.dtype) * gates)
