@@ -55,7 +55,8 @@ def few_tokens_kernel(
     row_mask = rows < m
     token = tl.arange(0, TOKENS)[None, :]
     y = tl.zeros([BLOCK_M, TOKENS], tl.float32)
-    for tile in range(tl.program_id(1), tl.cdiv(n, BLOCK_N), tl.num_programs(1)):
+    # One stage: the compiler would stage the factors of tiles to come in shared memory and registers, and spill.
+    for tile in tl.range(tl.program_id(1), tl.cdiv(n, BLOCK_N), tl.num_programs(1), num_stages=1):
         cols = (tile * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
         col_mask = cols < n
         statistics = pair_statistics(

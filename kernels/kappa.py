@@ -40,9 +40,14 @@ def _pair_statistic(
 ):
     """Squared distance or dot product of columns FIRST : FIRST + COUNT."""
     acc = tl.zeros((row_mask & col_mask).shape, tl.float32)
-    for k in tl.range(FIRST, FIRST + COUNT, loop_unroll_factor=COUNT if COUNT <= UNROLLED else 8):
-        b = tl.load(b_ptr + k * b_stride, row_mask, 0.0)
-        a = tl.load(a_ptr + k * a_stride, col_mask, 0.0)
+    b_ptr += FIRST * b_stride
+    a_ptr += FIRST * a_stride
+    for _ in tl.range(COUNT, loop_unroll_factor=COUNT if COUNT <= UNROLLED else 8):
+        b = tl.load(b_ptr, row_mask, 0.0)
+        a = tl.load(a_ptr, col_mask, 0.0)
+        # Step by step: a loop over tiles would otherwise keep every multiple of the strides in registers.
+        b_ptr += b_stride
+        a_ptr += a_stride
         if DISTANCE:
             d = b - a
             acc = tl.fma(d, d, acc)

@@ -198,3 +198,9 @@ def _select(updates: Sequence[Update], plans: Sequence[_Plan], taus: Tensor, ker
             BUCKET=BUCKET,
             num_warps=8,
         )
+
+
+def forget() -> None:
+    """Let every device forget the thresholds it remembers, so that the next call selects anew."""
+    for device in _devices.values():
+        device.memo.zero_()
