@@ -3,8 +3,10 @@
 Each source in SIMD_SOURCES is compiled once per instruction set and the library picks at run time.
 """
 
+import os
 import platform
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -13,7 +15,7 @@ from setuptools.command.build_ext import build_ext
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 ISAS = {"v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"], "v3": ["-march=x86-64-v3"]} if X86 else {}
 SIMD_SOURCES = ["csrc/merge.cpp", "csrc/select.cpp", "csrc/factor_grad.cpp"]
-FLAGS = ["-std=c++17", "-O3", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=off", "-Wall"]
+FLAGS = ["-std=c++17", "-O3", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=off", "-Wall", "-g0"]
 FLAGS += ["-Wno-maybe-uninitialized"]  # GCC's own AVX-512 header trips it
 
 
@@ -24,16 +26,19 @@ class BuildNative(build_ext):
         return fullname.replace(".", "/") + ".so"
 
     def build_extension(self, ext):
-        objects = self._compile(ext.sources, "main", [f"-DSNELL_HAVE_{isa.upper()}" for isa in ISAS])
+        jobs = [("main", source, [f"-DSNELL_HAVE_{isa.upper()}" for isa in ISAS]) for source in ext.sources]
         for isa, flags in {"base": [], **ISAS}.items():
-            objects += self._compile(SIMD_SOURCES, isa, [*flags, f"-DSNELL_ISA={isa}"])
+            jobs += [(isa, source, [*flags, f"-DSNELL_ISA={isa}"]) for source in SIMD_SOURCES]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = [name for names in pool.map(self._compile, jobs) for name in names]
         self.compiler.link_shared_object(
             objects, self.get_ext_fullpath(ext.name), extra_postargs=["-fopenmp"], target_lang="c++"
         )
 
-    def _compile(self, sources, folder, flags):
+    def _compile(self, job):
+        folder, source, flags = job
         return self.compiler.compile(
-            sources, output_dir=f"{self.build_temp}/{folder}", extra_postargs=FLAGS + flags, depends=DEPENDS
+            [source], output_dir=f"{self.build_temp}/{folder}", extra_postargs=FLAGS + flags, depends=DEPENDS
         )
 
 
@@ -51,7 +56,7 @@ class PlatformWheel(bdist_wheel):
 DEPENDS = [f"csrc/{name}.h" for name in ("api", "simd", "kappa", "tiles", "merge")]
 
 setup(
-    packages=["snell", "snell.backends", "snell.kernels"],
+    packages=["snell", "snell.backends", "snell.kernels", "snell.peft"],
     package_dir={"snell.kernels": "kernels"},
     ext_modules=[Extension("snell._native", ["csrc/library.cpp"], depends=DEPENDS, language="c++", optional=True)]
     if sys.platform != "win32"
