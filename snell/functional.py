@@ -105,7 +105,7 @@ def threshold(A: Tensor, B: Tensor, theta: Tensor, spec: Spec) -> Tensor:
     """:func:`select_threshold` of factors that are known to fit: what a layer calls each step."""
     if spec.sparsity == 0.0:
         return A.new_zeros(())
-    return torch.ops.snell.select_threshold.default(A, B, theta, spec.sparsity, spec.kernel, spec.groups)
+    return ops.select_threshold(A, B, theta, spec.sparsity, spec.kernel, spec.groups)
 
 
 def merge(

@@ -26,6 +26,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import Parameter
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from snell import schedule
@@ -114,12 +115,30 @@ def _merge_backward(ctx, G):
 torch.library.register_autograd("snell::merge", _merge_backward, setup_context=_merge_setup)
 
 
+def _nothing_listens(lead: Tensor) -> bool:
+    """Whether the dispatcher would only hand a call on to its function: plain tensors, no mode, not compiled."""
+    return (
+        type(lead) in (Tensor, Parameter)
+        and not lead.is_meta
+        and not is_in_torch_dispatch_mode()
+        and not torch.compiler.is_compiling()
+    )
+
+
 def _below_autograd(operation, function, lead, *args):
-    """The operation; at once the function behind it where nothing listens on the dispatcher, a dispatch cheaper."""
-    if type(lead) is Tensor and not lead.is_meta and not is_in_torch_dispatch_mode():
+    """The operation; at once the function behind it where nothing listens, a dispatch cheaper."""
+    if _nothing_listens(lead):
         return function(lead, *args)
     with torch._C._AutoDispatchBelowAutograd():
         return operation(lead, *args)
+
+
+def select_threshold(A: Tensor, B: Tensor, theta: Tensor, sparsity: float, kernel: str, groups: int) -> Tensor:
+    """``snell::select_threshold``, a dispatch cheaper where nothing listens."""
+    operation = torch.ops.snell.select_threshold.default
+    if _nothing_listens(A):
+        operation = schedule.backend_of(A.device).select_threshold
+    return operation(A, B, theta, sparsity, kernel, groups)
 
 
 class _Linear(torch.autograd.Function):

@@ -33,7 +33,7 @@ BLOCK_MULTIPLE = 64
 BACKENDS: dict[str, ModuleType] = {}
 
 
-def _backend(device: torch.device) -> ModuleType:
+def backend_of(device: torch.device) -> ModuleType:
     return BACKENDS.get(device.type) or BACKENDS[""]
 
 
@@ -77,7 +77,7 @@ def merge(
 ) -> Tensor:
     """``snell::merge``."""
     out = torch.empty(B.shape[0], A.shape[0], dtype=(A if weight is None else weight).dtype, device=A.device)
-    _backend(A.device).merge_out(A, B, theta, tau, weight, out, kernel, groups, gate)
+    backend_of(A.device).merge_out(A, B, theta, tau, weight, out, kernel, groups, gate)
     return out
 
 
@@ -86,7 +86,7 @@ def factor_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``snell::merge_backward``: dA, dB and dtheta from the whole of ``G [m, n]``."""
     grads = torch.zeros_like(A), torch.zeros_like(B), torch.zeros_like(theta)
-    _backend(A.device).factor_grad(G, A, B, theta, tau, None, None, *grads, kernel, groups, gate)
+    backend_of(A.device).factor_grad(G, A, B, theta, tau, None, None, *grads, kernel, groups, gate)
     return grads
 
 
@@ -110,7 +110,7 @@ def linear_forward(
     x2, y2 = _as_matrix(x, n), _as_matrix(y, m)
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
-    backend = _backend(x.device)
+    backend = backend_of(x.device)
     if hasattr(backend, "linear_few") and backend.serves_few(x2, A):
         return backend.linear_few(x2, weight, bias, A, B, theta, tau, kernel, groups, gate).view(y.shape)
     rows = block_length(n * x.element_size(), m, x.device.type)
@@ -152,7 +152,7 @@ def linear_backward(
     need_G = need_weight or need_factors
     if need_G or need_x:
         cols = block_length(m * dy.element_size(), n)
-        workspace, backend = dy.new_empty(m * cols), _backend(dy.device)
+        workspace, backend = dy.new_empty(m * cols), backend_of(dy.device)
         x2 = _as_matrix(x, n) if x is not None and need_G else None
         dx = None if grad_x is None else _as_matrix(grad_x, n)
         dA = factor_grads[0]
