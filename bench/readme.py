@@ -9,31 +9,56 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
-from bench.layer import table
+from bench import demo_report, layer
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "bench" / "results"
 
 
-def layer_section(name: str) -> str:
-    """The layer benchmark's table and what it was measured on."""
-    document = json.loads((RESULTS / f"{name}.json").read_text())
-    machine = document["machine"]
-    where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
+def _where(machine: dict[str, Any]) -> str:
+    return f"{machine.get('gpu') or machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}"
+
+
+def _layer_section(document: dict[str, Any]) -> str:
+    settings = f"r = {document['rank']}, s = {document['sparsity']}"
+    return f"{layer.table(document['cases'])}\n\n`{document['command']}`, {settings}: {_where(document['machine'])}."
+
+
+def _demo_section(document: dict[str, Any]) -> str:
+    names = [field.name for field in fields(demo_report.Result)]
+    results = [demo_report.Result(**{name: row[name] for name in names}) for row in document["methods"]]
+    for result in results:  # JSON turns the rates, which are keys, into strings
+        result.trials = {float(rate): accuracy for rate, accuracy in result.trials.items()}
+    labels, seeds = document["settings"]["labels_per_class"], len(document["settings"]["seeds"])
     return (
-        f"{table(document['cases'])}\n\n"
-        f"`{document['command']}`, r = {document['rank']}, s = {document['sparsity']}: {where}, "
-        f"torch {machine['torch']}."
+        f"{demo_report.table(results)}\n\n"
+        f"`{document['command']}`, {labels} labels a class, mean and standard deviation of {seeds} seeds; before tuning "
+        f"{document['target_accuracy_before_tuning']:.1f} %: {_where(document['machine'])}."
     )
+
+
+#: What renders a results file, by the file's name.
+SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "layer-cpu": _layer_section,
+    "layer-cuda": _layer_section,
+    "demo": _demo_section,
+}
 
 
 def rendered(readme: str) -> str:
     """The README with the tables that its markers ask for."""
-    pattern = re.compile(r"(<!-- results: (layer-\w+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
-    return pattern.sub(lambda match: f"{match[1]}{layer_section(match[2])}{match[3]}", readme)
+
+    def section(match: re.Match[str]) -> str:
+        document = json.loads((RESULTS / f"{match[2]}.json").read_text())
+        return f"{match[1]}{SECTIONS[match[2]](document)}{match[3]}"
+
+    return re.sub(r"(<!-- results: ([\w-]+) -->\n).*?(\n<!-- end -->)", section, readme, flags=re.DOTALL)
 
 
 if __name__ == "__main__":
