@@ -35,11 +35,11 @@ def _demo_section(document: dict[str, Any]) -> str:
     results = [demo_report.Result(**{name: row[name] for name in names}) for row in document["methods"]]
     for result in results:  # JSON turns the rates, which are keys, into strings
         result.trials = {float(rate): accuracy for rate, accuracy in result.trials.items()}
-    labels, seeds = document["settings"]["labels_per_class"], len(document["settings"]["seeds"])
+    settings, before = document["settings"], document["target_accuracy_before_tuning"]
     return (
-        f"{demo_report.table(results)}\n\n"
-        f"`{document['command']}`, {labels} labels a class, mean and standard deviation of {seeds} seeds; before tuning "
-        f"{document['target_accuracy_before_tuning']:.1f} %: {_where(document['machine'])}."
+        f"{demo_report.table(results)}\n\n`{document['command']}`, {settings['labels_per_class']} labels a class, "
+        f"mean and standard deviation of {len(settings['seeds'])} seeds; before tuning {before:.1f} %: "
+        f"{_where(document['machine'])}."
     )
 
 
