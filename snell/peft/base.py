@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -95,7 +96,7 @@ def dequantise(tuner_layer: Any) -> Tensor:
         TypeError: PEFT has no way to dequantise and quantise such a layer.
     """
     layer = tuner_layer.get_base_layer()
-    backend = _quantisation_backend(tuner_layer)
+    backend = resolve_quantization_backend(layer, **tuner_layer.quantisation)
     if backend is None or not backend.supports_merge:
         raise TypeError(
             f"an adapter cannot be merged into a {type(layer).__name__}: its weight is not a float matrix, and PEFT "
@@ -113,17 +114,9 @@ def requantise(tuner_layer: Any, weight: Tensor) -> Quantised:
     """Quantise ``weight [m, n]`` into the base layer, and return what was there."""
     layer = tuner_layer.get_base_layer()
     before = Quantised(tuner_layer.base_layer, dict(layer._parameters), copy.copy(getattr(layer, "state", None)))
-    backend = _quantisation_backend(tuner_layer)
+    backend: Any = resolve_quantization_backend(layer, **tuner_layer.quantisation)
     backend.set_base_weight(tuner_layer, weight.T if tuner_layer.fan_in_fan_out else weight)
     return before
-
-
-def _quantisation_backend(tuner_layer: Any) -> Any:
-    try:
-        from peft.utils.quantization_utils import resolve_quantization_backend
-    except ImportError:  # before PEFT 0.20
-        return None
-    return resolve_quantization_backend(tuner_layer.get_base_layer(), **tuner_layer.quantisation)
 
 
 def _innermost(layer: nn.Module) -> nn.Module:
