@@ -32,7 +32,7 @@ from snell.kernels.merge import add_update, tile_indices, tile_pointers
 WORKSPACE_BYTES = 8 * 2**20
 
 #: Groups whose norms stay in registers between K and the gradients; more are computed again.
-HELD = tl.constexpr(2)
+HELD = tl.constexpr(4)
 
 #: Outputs of one reducing program, and shares it adds at a time.
 REDUCE_OUTPUTS = 64
@@ -40,31 +40,44 @@ REDUCE_SHARES = 32
 
 
 @triton.jit
-def _products(
-    C,
+def _leave_shares(
+    H,
+    statistic,
+    p,
     a_ptr,
     b_ptr,
+    theta_ptr,
     a_stride,
     b_stride,
     share_a_ptr,
     share_b_ptr,
+    share_theta_ptr,
     rows,
     cols,
     row_mask,
     col_mask,
-    FIRST: tl.constexpr,
-    COUNT: tl.constexpr,
+    NUM_THETA: tl.constexpr,
     RANK: tl.constexpr,
-    DISTANCE: tl.constexpr,
+    COUNT: tl.constexpr,
+    KERNEL: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """This tile's share of both products for the columns FIRST : FIRST + COUNT of the factors."""
+    """This tile's share of theta's gradient and of both products, for the columns of group p."""
+    if KERNEL == "piecewise_linear":
+        tl.store(share_theta_ptr + p, tl.sum(theta_slope(H, statistic, theta_ptr, 0, KERNEL)))
+    else:
+        for t in tl.static_range(NUM_THETA):
+            tl.store(share_theta_ptr + t, tl.sum(theta_slope(H, statistic, theta_ptr, t, KERNEL)))
+    C = statistic_slope(H, statistic, theta_ptr, p, KERNEL)
+    DISTANCE: tl.constexpr = KERNEL == "piecewise_linear" or KERNEL == "rbf"
     cols, col_mask = tl.trans(cols), tl.trans(col_mask)
-    for start in tl.static_range(FIRST, FIRST + COUNT, BLOCK_R):
-        k = (start + tl.arange(0, BLOCK_R))[None, :]
-        a_mask = col_mask & (k < FIRST + COUNT)
-        b_mask = row_mask & (k < FIRST + COUNT)
+    # No stages: what would be loaded ahead is more than the registers hold beside C.
+    for start in tl.range(0, COUNT, BLOCK_R, num_stages=1):
+        offset = start + tl.arange(0, BLOCK_R)[None, :]
+        k = p * COUNT + offset
+        a_mask = col_mask & (offset < COUNT)
+        b_mask = row_mask & (offset < COUNT)
         a = tl.load(a_ptr + cols + k * a_stride, a_mask, 0.0)
         grad_b = tl.dot(C, a, input_precision=PRECISION)
         b = tl.load(b_ptr + rows + k * b_stride, b_mask, 0.0)
@@ -132,38 +145,27 @@ def factor_grad_kernel(
         tl.store(tile_pointers(merged_ptr, rows, cols, merged_row_stride, merged_col_stride), merged, mask)
     # Padding has factors of 0, and so may have a K of its own: its H must not count.
     H = tl.where(mask, H, 0.0)
-    share_theta_ptr += tile.to(tl.int64) * NUM_THETA
     across = tl.cdiv(n, BLOCK_N)
-    COUNT: tl.constexpr = RANK // GROUPS if KERNEL == "piecewise_linear" else RANK
-    for p in tl.static_range(RANK // COUNT):
-        if RANK // COUNT <= HELD:
-            statistic = statistics[p]
-        else:
+    share_a_ptr += (tile // across).to(tl.int64) * n * RANK
+    share_b_ptr += (tile % across).to(tl.int64) * m * RANK
+    share_theta_ptr += tile.to(tl.int64) * NUM_THETA
+    NUM: tl.constexpr = GROUPS if KERNEL == "piecewise_linear" else 1
+    COUNT: tl.constexpr = RANK // NUM
+    if NUM <= HELD:
+        for p in tl.static_range(NUM):
+            _leave_shares(
+                H, statistics[p], p, a_ptr, b_ptr, theta_ptr, a_stride, b_stride, share_a_ptr, share_b_ptr,
+                share_theta_ptr, rows, cols, row_mask, col_mask, NUM_THETA, RANK, COUNT, KERNEL, PRECISION, BLOCK_R,
+            )  # fmt: skip
+    else:
+        for p in tl.range(NUM, num_stages=1):
             statistic = pair_statistic(
                 b_ptr, a_ptr, b_stride, a_stride, rows, cols, row_mask, col_mask, p, RANK, GROUPS, KERNEL
             )
-        for t in tl.static_range(NUM_THETA):
-            if KERNEL != "piecewise_linear" or t == p:
-                tl.store(share_theta_ptr + t, tl.sum(theta_slope(H, statistic, theta_ptr, t, KERNEL)))
-        _products(
-            statistic_slope(H, statistic, theta_ptr, p, KERNEL),
-            a_ptr,
-            b_ptr,
-            a_stride,
-            b_stride,
-            share_a_ptr + (tile // across).to(tl.int64) * n * RANK,
-            share_b_ptr + (tile % across).to(tl.int64) * m * RANK,
-            rows,
-            cols,
-            row_mask,
-            col_mask,
-            p * COUNT,
-            COUNT,
-            RANK,
-            KERNEL == "piecewise_linear" or KERNEL == "rbf",
-            PRECISION,
-            BLOCK_R,
-        )
+            _leave_shares(
+                H, statistic, p, a_ptr, b_ptr, theta_ptr, a_stride, b_stride, share_a_ptr, share_b_ptr,
+                share_theta_ptr, rows, cols, row_mask, col_mask, NUM_THETA, RANK, COUNT, KERNEL, PRECISION, BLOCK_R,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -229,7 +231,8 @@ def factor_grad(
 ) -> None:
     """``snell::factor_grad`` with float32 factors; G, weight and merged may have any strides."""
     (m, n), rank = G.shape, A.shape[1]
-    row = launch.row("factor_grad", G)
+    many = kernel == "piecewise_linear" and groups > 2
+    row = launch.row("factor_grad_many" if many else "factor_grad", G)
     A, B = launch.k_major(A), launch.k_major(B)
     across = -(-n // row.block_n)
     # Numbers one band of block_m rows leaves behind, and how many bands a workspace holds.

@@ -13,7 +13,7 @@ much of what the tensor core saves. The price: 2 r operations an entry, 15e9 lan
 count, beside 4.9 ms for one GEMM of 8192 tokens at 790 TFLOP/s. A dot product is half of it.
 
 Factors come k-major (one column of the rank axis contiguous, see ``launch.k_major``): a load of one k is
-then coalesced and 16 bytes wide. Up to UNROLLED columns the loop is unrolled, which lets the compiler
+then coalesced and 16 bytes wide. Up to a rank of UNROLLED the loop is unrolled, which lets the compiler
 give K the layout of the tile it is combined with; no value crosses shared memory.
 """
 
@@ -22,7 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-#: Columns of one group whose loop is unrolled. Longer ones loop: 64 columns are already 80 kB of code.
+#: The rank up to which loops are unrolled whole: 64 columns are already 80 kB of code.
 UNROLLED = tl.constexpr(64)
 
 
@@ -34,15 +34,16 @@ def _pair_statistic(
     a_stride,
     row_mask,
     col_mask,
-    FIRST: tl.constexpr,
+    first,
     COUNT: tl.constexpr,
+    RANK: tl.constexpr,
     DISTANCE: tl.constexpr,
 ):
-    """Squared distance or dot product of columns FIRST : FIRST + COUNT."""
+    """Squared distance or dot product of columns first : first + COUNT."""
     acc = tl.zeros((row_mask & col_mask).shape, tl.float32)
-    b_ptr += FIRST * b_stride
-    a_ptr += FIRST * a_stride
-    for _ in tl.range(COUNT, loop_unroll_factor=COUNT if COUNT <= UNROLLED else 8):
+    b_ptr += first * b_stride
+    a_ptr += first * a_stride
+    for _ in tl.range(COUNT, loop_unroll_factor=COUNT if RANK <= UNROLLED else 8):
         b = tl.load(b_ptr, row_mask, 0.0)
         a = tl.load(a_ptr, col_mask, 0.0)
         # Step by step: a loop over tiles would otherwise keep every multiple of the strides in registers.
@@ -66,7 +67,7 @@ def pair_statistic(
     cols,
     row_mask,
     col_mask,
-    p: tl.constexpr,
+    p,
     RANK: tl.constexpr,
     GROUPS: tl.constexpr,
     KERNEL: tl.constexpr,
@@ -77,7 +78,9 @@ def pair_statistic(
     """
     DISTANCE: tl.constexpr = KERNEL == "piecewise_linear" or KERNEL == "rbf"
     COUNT: tl.constexpr = RANK // GROUPS if KERNEL == "piecewise_linear" else RANK
-    s = _pair_statistic(b_ptr + rows, a_ptr + cols, b_stride, a_stride, row_mask, col_mask, p * COUNT, COUNT, DISTANCE)
+    s = _pair_statistic(
+        b_ptr + rows, a_ptr + cols, b_stride, a_stride, row_mask, col_mask, p * COUNT, COUNT, RANK, DISTANCE
+    )
     return tl.sqrt(s) if KERNEL == "piecewise_linear" else s
 
 
@@ -143,7 +146,7 @@ def gate_value(K, tau_ptr, GATE: tl.constexpr):
 
 @triton.jit
 def theta_slope(H, statistic, theta_ptr, t: tl.constexpr, KERNEL: tl.constexpr):
-    """H * dK/dtheta_t; for piecewise_linear, ``statistic`` is that of group t."""
+    """H * dK/dtheta_t; every theta of piecewise_linear has the slope of t = 0, by its own group's statistic."""
     if KERNEL == "piecewise_linear":
         return H * statistic
     if t == 2:
@@ -158,7 +161,7 @@ def theta_slope(H, statistic, theta_ptr, t: tl.constexpr, KERNEL: tl.constexpr):
 
 
 @triton.jit
-def statistic_slope(H, statistic, theta_ptr, p: tl.constexpr, KERNEL: tl.constexpr):
+def statistic_slope(H, statistic, theta_ptr, p, KERNEL: tl.constexpr):
     """C: ``H * dK`` is ``C (b - a) . d(b - a)`` for a distance, ``C d(b . a)`` for a dot product."""
     if KERNEL == "linear":
         return H

@@ -24,11 +24,24 @@ _MERGE = Row(64, 64, 8)
 _SELECT = Row(4, 512, 4)
 #: As merge; its two products take 140 registers a thread with a half-precision G, and 32 entries spill.
 _FACTOR_GRAD = Row(64, 64, 8)
+#: More than two groups: 4 entries a thread, or their norms spill.
+_FACTOR_GRAD_MANY = Row(32, 32, 8)
 #: As merge: 64 rows feed one matrix instruction, and its columns are walked in strides of 64.
 _FEW_TOKENS = Row(64, 64, 8)
 
-_ROWS = {"merge": _MERGE, "select": _SELECT, "factor_grad": _FACTOR_GRAD, "few_tokens": _FEW_TOKENS}
+_ROWS = {
+    "merge": _MERGE,
+    "select": _SELECT,
+    "factor_grad": _FACTOR_GRAD,
+    "factor_grad_many": _FACTOR_GRAD_MANY,
+    "few_tokens": _FEW_TOKENS,
+}
 
-#: The three share rows until a machine of each says otherwise: their register files are equal (64 k a
-#: multiprocessor, 255 a thread) and no kernel needs more shared memory than the smallest (163 KiB) has.
-TABLE: dict[int, dict[str, Row]] = {80: dict(_ROWS), 90: dict(_ROWS), 100: dict(_ROWS)}
+#: sm_80 and sm_90 share rows until a machine of each says otherwise: their register files are equal (64 k a
+#: multiprocessor, 255 a thread) and no kernel needs more shared memory than the smaller (163 KiB) has. On sm_100
+#: a tile of 64 rows gets its matrix instruction from tensor memory, whose moves spill: tiles there are halved.
+TABLE: dict[int, dict[str, Row]] = {
+    80: dict(_ROWS),
+    90: dict(_ROWS),
+    100: {**_ROWS, "factor_grad": Row(32, 64, 8), "few_tokens": Row(64, 32, 4)},
+}

@@ -45,7 +45,7 @@ class Case:
         return self.groups * self.per_group
 
     def generator(self) -> torch.Generator:
-        return torch.Generator().manual_seed(self.seed)
+        return torch.Generator(torch.get_default_device()).manual_seed(self.seed)
 
     def factors(self) -> tuple[Tensor, Tensor, Tensor]:
         rng = self.generator()

@@ -1,0 +1,171 @@
+"""The operations' tests again, with the kernels compiled and every tensor on a GPU; and what needs one.
+
+``python -m pytest -m gpu``
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import test_operations
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from error_bounds import Update
+from snell import SnellLinear, functional
+
+pytestmark = pytest.mark.gpu
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a GPU", allow_module_level=True)
+
+#: Tests of the CPU's native library.
+ELSEWHERE = {"test_survivors_are_exact_at_the_size_of_a_language_model"}
+
+globals().update(
+    {name: test for name, test in vars(test_operations).items() if name.startswith("test_") and name not in ELSEWHERE}
+)
+
+PIECEWISE = {"kernel": "piecewise_linear", "groups": 2}
+
+
+@pytest.fixture(autouse=True)
+def _tensors_on_the_gpu(monkeypatch):
+    exact_gradients = Update.gradients
+
+    def gradients(self, G, G_error=0.0):
+        # With a half-precision G the products are tf32 products: two roundings of 2^-11, or 2^-10 where bits
+        # are cut off, as if G had come with an error of 2^-9.
+        half = G.element_size() == 2
+        return exact_gradients(self, G, G_error + 2**-9 * G.double().abs() if half else G_error)
+
+    monkeypatch.setattr(Update, "gradients", gradients)
+    with torch.device("cuda"):
+        yield
+
+
+@pytest.fixture
+def backend() -> str:
+    return "triton"
+
+
+@pytest.fixture
+def small() -> bool:
+    return False
+
+
+def layer_and_input(tokens=300, dtype=torch.bfloat16, **options):
+    layer = SnellLinear(520, 390, rank=16, dtype=dtype, **options)
+    return layer, torch.randn(tokens, 520, dtype=dtype, requires_grad=True)
+
+
+def step(layer, x):
+    for t in (x, *layer.parameters()):
+        t.grad = None
+    y = layer(x)
+    y.backward(torch.ones_like(y))
+    return y.detach().clone(), *(t.grad.clone() for t in (x, layer.snell_A, layer.snell_B))
+
+
+@pytest.mark.parametrize("m, n", [(28672, 8192), (70001, 33000)])
+def test_survivors_are_exact_and_agree_at_full_size(m, n):
+    """Also where a matrix holds more than 2^31 entries: merge and factor_grad count what select promised."""
+    A, B, theta = torch.randn(n, 16), torch.randn(m, 16), torch.tensor([0.1, -0.1])
+    k = math.ceil(0.9 * m * n)
+    tau = functional.select_threshold(A, B, theta, sparsity=0.9, **PIECEWISE)
+    below = at = gone = 0
+    for rows in range(0, m, 4096):
+        block = B[rows : rows + 4096]
+        K = torch.empty(block.shape[0], n)
+        torch.ops.snell.merge_out(A, block, theta, tau, None, K, *PIECEWISE.values(), "none")
+        below, at = below + int((K.abs() < tau).sum()), at + int((K.abs() == tau).sum())
+        grads = [torch.zeros_like(t) for t in (A, block, theta)]
+        merged = torch.randn_like(K)
+        torch.ops.snell.factor_grad(merged, A, block, theta, tau, None, merged, *grads, *PIECEWISE.values(), "hard")
+        gone += int((merged == 0).sum())
+    assert below < k <= below + at
+    assert gone == below + at
+
+
+def test_a_step_captured_in_a_graph_replays_to_the_same_bits():
+    layer, x = layer_and_input()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step(layer, x)
+    torch.cuda.current_stream().wait_stream(side)
+    for t in (x, *layer.parameters()):
+        t.grad = None
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = layer(x)
+        y.backward(torch.ones_like(y))
+    captured = (y, x.grad, layer.snell_A.grad, layer.snell_B.grad)
+    # The replay must select for the factors it finds, not for those it was captured with.
+    layer.snell_A.data.mul_(1.3)
+    graph.replay()
+    replayed = [t.clone() for t in captured]
+    assert all(a.equal(b) for a, b in zip(replayed, step(layer, x), strict=True))
+
+
+def test_nothing_waits_for_the_device():
+    layer, x = layer_and_input()
+    step(layer, x)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(layer, x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_same_bits_run_after_run_on_any_stream():
+    layer, x = layer_and_input()
+    first = step(layer, x)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        again = step(layer, x)
+    torch.cuda.synchronize()
+    assert all(a.equal(b) for a, b in zip(first, again, strict=True))
+
+
+def test_compiled_whole():
+    layer, x = layer_and_input()
+    expected = step(layer, x)
+    got = step(torch.compile(layer, fullgraph=True), x)
+    assert all(torch.allclose(a.float(), b.float(), rtol=2e-2, atol=2e-3) for a, b in zip(expected, got, strict=True))
+
+
+def test_under_checkpointing_the_gradients_have_the_same_bits():
+    layer, x = layer_and_input()
+    expected = step(layer, x)[1:]
+    for t in (x, *layer.parameters()):
+        t.grad = None
+    checkpoint(layer, x, use_reentrant=False).backward(torch.ones(x.shape[0], 390, dtype=x.dtype))
+    got = (x.grad, layer.snell_A.grad, layer.snell_B.grad)
+    assert all(a.equal(b) for a, b in zip(expected, got, strict=True))
+
+
+@pytest.mark.parametrize("tokens", [1, 16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_few_tokens_agree_with_the_merged_layer(tokens, dtype):
+    layer, x = layer_and_input(tokens, dtype)
+    with torch.no_grad():
+        unmerged = layer(x)
+        layer.merge()
+        merged = torch.nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double())
+    # The weights are the same bits; y sums 520 products in float32 and is rounded once.
+    scale = x.double().abs() @ layer.weight.double().abs().T + 1
+    bound = torch.finfo(dtype).eps * merged.abs() + 64 * torch.finfo(torch.float32).eps * scale
+    assert bool(((unmerged - merged).abs() <= bound).all())
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_layer_runs_on_the_device_it_lives_on():
+    layer, x = layer_and_input()
+    expected = step(layer, x)
+    other = layer.to("cuda:1")
+    got = step(other, x.detach().to("cuda:1").requires_grad_())
+    assert all(a.equal(b.to(a.device)) for a, b in zip(expected, got, strict=True))
