@@ -3,7 +3,7 @@
 The weight is split over a process group, by rows (``ColwiseParallel``) or by columns (``RowwiseParallel``);
 its entries still compete over the whole matrix. Every process holds the whole factors, which are small, builds
 its own piece of dW, and adds its counts, its share of the factors' gradients and, where columns are split,
-of the outputs to those of the others.
+of the outputs to those of the others. Inputs and outputs are laid out as those two styles do by default.
 """
 
 from __future__ import annotations

@@ -83,6 +83,9 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
             split.agree(A, B)
         self.snell_A[adapter_name], self.snell_B[adapter_name] = nn.Parameter(A), nn.Parameter(B)
         trains_theta = KERNEL_FUNCTIONS[spec.kernel].trains_theta if config.train_theta is None else config.train_theta
+        for scalars in (self.snell_theta, self.snell_constants):
+            if adapter_name in scalars:
+                del scalars[adapter_name]
         if trains_theta and spec.num_theta:
             self.snell_theta[adapter_name] = nn.Parameter(theta)
         else:
@@ -107,7 +110,13 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
                 return functional.linear(x, weight, base.bias(self.base_layer), *self._update(active[0]))
         y = self.base_layer(x, *args, **kwargs)
         for name in active:
-            y = y + self._share(self.snell_dropout[name](x), name).to(y.dtype)
+            share = self._share(self.snell_dropout[name](x), name)
+            if share.shape != y.shape:
+                raise ValueError(
+                    f"the base layer answers {tuple(y.shape)} where its update is {tuple(share.shape)}: of tensor "
+                    "parallelism, the default layouts of ColwiseParallel and RowwiseParallel are supported"
+                )
+            y = y + share.to(y.dtype)
         return y
 
     def _mixed_forward(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:

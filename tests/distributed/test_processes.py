@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 
 WORKERS = Path(__file__).with_name("workers.py")
-WORK = ("ddp", "fsdp", "fsdp_mixed_precision", "selection", "tensor_parallel", "tensor_parallel_before_peft")
+WORK = (
+    "ddp",
+    "fsdp",
+    "fsdp_mixed_precision",
+    "selection",
+    "tensor_parallel",
+    "tensor_parallel_before_peft",
+    "other_layouts_are_refused",
+)
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import copy
 import sys
 import tempfile
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -15,6 +16,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from snell import functional
@@ -154,6 +156,15 @@ def tensor_parallel_before_peft() -> None:
     twin.load_state_dict(factors(module), strict=False)
     assert_losses(train(module, batch()), train(twin, batch()))
     close(factors(module), factors(twin))
+
+
+def other_layouts_are_refused() -> None:
+    module = model()
+    mesh, name = init_device_mesh("cpu", (dist.get_world_size(),)), "model.layers.0.mlp.up_proj"
+    plan = {f"{name}.base_layer": ColwiseParallel(output_layouts=Replicate())}
+    parallelize_module(module.base_model.model, mesh, plan)
+    with pytest.raises(ValueError, match="default layouts"):
+        module.base_model.model.get_submodule(name)(torch.randn(2, 24))
 
 
 if __name__ == "__main__":

@@ -233,6 +233,9 @@ def test_biases_train_where_asked_and_are_saved(tmp_path):
             assert requires_grad == wanted, key
         inputs = batch("bert")
         train(model, inputs)
+        key = "bert.encoder.layer.0.attention.self.query.bias"
+        moved = {k.replace("base_layer.", ""): p for k, p in model.base_model.model.named_parameters()}[key]
+        assert not torch.equal(moved, dict(untouched.named_parameters())[key])
         model.save_pretrained(tmp_path / bias)
         loaded = PeftModel.from_pretrained(untouched, tmp_path / bias).eval()
         assert torch.equal(logits(loaded, inputs), logits(model, inputs))
