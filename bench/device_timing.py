@@ -81,9 +81,8 @@ def arguments(description: str | None) -> argparse.Namespace:
 
 def report(name: str, args: argparse.Namespace, limits: dict[str, float], rows: list[dict[str, Any]]) -> None:
     """Print the rows as a table, and write them with the machine's facts."""
-    print(
-        f"{name}: copy {limits['copy_bytes_per_s'] / 1e12:.2f} TB/s, bf16 GEMM {limits['gemm_flop_per_s'] / 1e12:.0f} TFLOP/s"
-    )
+    copy, product = limits["copy_bytes_per_s"] / 1e12, limits["gemm_flop_per_s"] / 1e12
+    print(f"{name}: copy {copy:.2f} TB/s, bf16 GEMM {product:.0f} TFLOP/s")
     columns = list(rows[0])
     print("  ".join(f"{column:>18}" for column in columns))
     for row in rows:

@@ -43,7 +43,7 @@ def _pair_statistic(
     acc = tl.zeros((row_mask & col_mask).shape, tl.float32)
     b_ptr += first * b_stride
     a_ptr += first * a_stride
-    for _ in tl.range(COUNT, loop_unroll_factor=COUNT if RANK <= UNROLLED else 8):
+    for _ in tl.range(COUNT, loop_unroll_factor=COUNT if RANK <= UNROLLED else 4):
         b = tl.load(b_ptr, row_mask, 0.0)
         a = tl.load(a_ptr, col_mask, 0.0)
         # Step by step: a loop over tiles would otherwise keep every multiple of the strides in registers.

@@ -49,7 +49,7 @@ _HEAD = tl.constexpr(HEAD)
 
 @triton.jit
 def _layer(table_ptr, state_ptr, memo_ptr, layer, BINS: tl.constexpr):
-    """Pointers to a layer's row, state and memo (its hash and tau's bits)."""
+    """Pointers to a layer's row, state and memo: its fingerprint, and half of that again above tau's bits."""
     row_ptr = table_ptr + layer * _FIELDS
     return row_ptr, state_ptr + layer * (_HEAD + BINS), memo_ptr + 2 * tl.load(row_ptr + _MEMO)
 
@@ -144,6 +144,14 @@ def _fingerprint(row_ptr, state_ptr):
 
 
 @triton.jit
+def _is_known(row_ptr, state_ptr, memo_ptr):
+    """Whether tau was last selected for these very factors. Two streams may select for one layer at a time: the
+    second half of the fingerprint tells a tau that does not belong to the first."""
+    fingerprint = _fingerprint(row_ptr, state_ptr)
+    return (fingerprint == tl.load(memo_ptr)) & ((fingerprint ^ (tl.load(memo_ptr + 1) >> 32)).to(tl.int32) == 0)
+
+
+@triton.jit
 def sample_kernel(
     factors_ptr,
     theta_ptr,
@@ -162,7 +170,7 @@ def sample_kernel(
     """Keys of entries drawn with replacement; a program owns BLOCK of them."""
     row_ptr, state_ptr, memo_ptr = _layer(table_ptr, state_ptr, memo_ptr, tl.program_id(1), BINS)
     samples = tl.load(row_ptr + _SAMPLES)
-    if (tl.program_id(0) * BLOCK < samples) & (_fingerprint(row_ptr, state_ptr) != tl.load(memo_ptr)):
+    if (tl.program_id(0) * BLOCK < samples) & (not _is_known(row_ptr, state_ptr, memo_ptr)):
         i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         draw_row, draw_col, _, _ = tl.randint4x(0, i)
         rows = draw_row.to(tl.uint32, bitcast=True).to(tl.int64) % tl.load(row_ptr + _M)
@@ -177,7 +185,7 @@ def bracket_kernel(table_ptr, state_ptr, memo_ptr, sample_ptr, tau_ptr, SAMPLES:
     """The first bracket of a layer, or tau at once where it is known; a program owns a layer."""
     layer = tl.program_id(0)
     row_ptr, state_ptr, memo_ptr = _layer(table_ptr, state_ptr, memo_ptr, layer, BINS)
-    if _fingerprint(row_ptr, state_ptr) == tl.load(memo_ptr):
+    if _is_known(row_ptr, state_ptr, memo_ptr):
         tl.store(tau_ptr + layer, tl.load(memo_ptr + 1).to(tl.int32).to(tl.float32, bitcast=True))
         tl.store(state_ptr + _SHIFT, tl.full([], -1, tl.int64))
     else:
@@ -238,8 +246,9 @@ def count_kernel(
 def _settle(row_ptr, state_ptr, memo_ptr, tau_ptr, key):
     """tau is known: hand it out and remember it with the fingerprint it belongs to."""
     tl.store(tau_ptr, key.to(tl.int32).to(tl.float32, bitcast=True))
-    tl.store(memo_ptr, _fingerprint(row_ptr, state_ptr))
-    tl.store(memo_ptr + 1, key.to(tl.int64))
+    fingerprint = _fingerprint(row_ptr, state_ptr)
+    tl.store(memo_ptr, fingerprint)
+    tl.store(memo_ptr + 1, (fingerprint << 32) | key.to(tl.int64))
     tl.store(state_ptr + _SHIFT, tl.full([], -1, tl.int64))
 
 

@@ -135,11 +135,10 @@ def select_thresholds(updates: Sequence[Update], kernel: str, groups: int) -> Te
 def _select(updates: Sequence[Update], plans: Sequence[_Plan], taus: Tensor, kernel: str, groups: int) -> None:
     device, rank, layers = taus.device, updates[0].A.shape[1], len(updates)
     known = _on(device)
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     rows, column, thetas, buckets = [], 0, 0, 0
     for (A, B, theta, _), plan in zip(updates, plans, strict=True):
         setting = (*plan, rank, kernel, groups)
-        slot = known.slot((A.data_ptr(), B.data_ptr(), theta.data_ptr(), stream, *setting))
+        slot = known.slot((A.data_ptr(), B.data_ptr(), theta.data_ptr(), *setting))
         salt = hash(setting)
         rows.append((column, column + plan.n, thetas, *plan, buckets, slot, salt))
         column, thetas, buckets = column + plan.n + plan.m, thetas + theta.numel(), buckets + BINS * plan.bucket

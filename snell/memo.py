@@ -18,6 +18,9 @@ CAPACITY = 4096
 
 _memo: OrderedDict[Hashable, Tensor] = OrderedDict()
 
+#: What backends that remember on their own device do when everything is to be forgotten.
+also_clear: list[Callable[[], None]] = []
+
 
 def fingerprint(*tensors: Tensor) -> bytes:
     """A digest of what tensors in the computer's own memory hold."""
@@ -30,6 +33,8 @@ def fingerprint(*tensors: Tensor) -> bytes:
 def clear() -> None:
     """Forget every threshold, so that the next call selects anew."""
     _memo.clear()
+    for forget in also_clear:
+        forget()
 
 
 def remember(key: Hashable, compute: Callable[[], Tensor]) -> Tensor:

@@ -13,11 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from snell import memo
 from snell.backends import blocked
 from snell.kernels import factor_grad as factor_grad_kernels
 from snell.kernels import few_tokens, launch
 from snell.kernels import merge as merge_kernels
-from snell.kernels.selection import Update, select_thresholds
+from snell.kernels.selection import Update, forget, select_thresholds
 
 
 def laid_out(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,6 +43,8 @@ class _Held(NamedTuple):
 
 
 _held: dict[int, _Held] = {}
+
+memo.also_clear += [forget, _held.clear]
 
 
 def _setting(A: Tensor, B: Tensor, theta: Tensor, sparsity: float, kernel: str, groups: int) -> tuple:
