@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import cache
@@ -12,9 +11,6 @@ import torch
 from torch import Tensor
 
 from snell.kernels.table import TABLE, Row
-
-#: Triton's interpreter runs the kernels on CPU tensors, as numpy.
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "True")
 
 
 def k_major(factor: Tensor) -> Tensor:
