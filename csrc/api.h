@@ -19,3 +19,9 @@ struct SnellMatrix {
   int64_t stride;
   int32_t dtype;
 };
+
+// Activations, in the update's dtype and contiguous: grad_y [m, tokens] and x [n, tokens], whose product is G.
+struct SnellTokens {
+  const void *grad_y, *x;
+  int64_t tokens;
+};

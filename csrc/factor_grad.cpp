@@ -3,6 +3,9 @@
 // With H = G * gate(|K|) and C^p = H * dkappa/d(statistic p), nothing but a survivor adds anything: a row's survivors
 // are packed into a list, C is computed for the list, and each survivor moves one row of dA and one of dB. That is
 // work in proportion to the survivors, and it uses the differences b - a themselves, which do not cancel.
+//
+// G comes as a matrix, or not at all: where few survive, their G_ij = dY_i . X_j alone cost less than the product that
+// would hold the others too.
 #include <vector>
 
 #include "merge.h"
@@ -48,6 +51,8 @@ struct FactorGrad {
   const Operand<T>& u;
   const Padded<T>&A, &B;
   const SnellMatrix &G, &weight, &merged;
+  const T *dY, *X;  // [m, tokens] and [n, tokens], where there is no G
+  int64_t tokens;
   T *grad_A, *grad_B;  // of this thread: padded [n], and the caller's [m]
   std::vector<Survivors<T>> lists;
   std::vector<Vec<T>> kept;
@@ -70,7 +75,9 @@ struct FactorGrad {
         Vec<T> gate = gate_of<T>(abs(K[r][c]), tau, gate_kind);
         unsigned survive = ~bits(gate == T(0)) & (lanes >= LANES<T> ? ALL : (1u << lanes) - 1);
         // No branch on an empty mask: at the sparsities in use it is taken now and then, which predicts worst.
-        compress(&list.H[count], load_as<T>(G.data, (row + r) * G.stride + j, G.dtype, lanes) * gate, survive);
+        Vec<T> H = gate;
+        if (G.data) H *= load_as<T>(G.data, (row + r) * G.stride + j, G.dtype, lanes);
+        compress(&list.H[count], H, survive);
         compress_columns(&list.column[count], local + c * LANES<T>, survive);
         for (int p = 0; p < groups; ++p)
           compress(&list.kept[p * capacity + count], kept[(p * ROWS + r) * COLUMNS + c], survive);
@@ -103,6 +110,9 @@ struct FactorGrad {
   SNELL_INLINE void flush(int64_t row, int rows, int64_t first_column) {
     for (int r = 0; r < rows; ++r) {
       Survivors<T>& list = lists[r];
+      if (!G.data)
+        for (int64_t s = 0; s < list.count; ++s)
+          list.H[s] *= dot(dY + (row + r) * tokens, X + (first_column + list.column[s]) * tokens);
       slopes(list);
       for (int p = 0; p < u.groups; ++p)
         for (int64_t k = 0; k < A.width; k += LANES<T>)
@@ -113,11 +123,22 @@ struct FactorGrad {
     }
   }
 
+  SNELL_INLINE T dot(const T* a, const T* b) const {
+    constexpr int SUMS = 4;  // side by side, to hide the latency of the multiply-adds
+    Vec<T> sums[SUMS] = {};
+    int64_t t = 0;
+    for (; t + SUMS * LANES<T> <= tokens; t += SUMS * LANES<T>)
+      for (int i = 0; i < SUMS; ++i) sums[i] = fma(load(a + t + i * LANES<T>), load(b + t + i * LANES<T>), sums[i]);
+    T rest = 0;
+    for (; t < tokens; ++t) rest += a[t] * b[t];
+    return rest + sum<T>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  }
+
   SNELL_INLINE void slopes(Survivors<T>& list) {
-    // The tail of the last vector is given H = 0, and a statistic of 1 that no kernel function divides by zero.
+    // The tail of the last vector is given H = 0 and a statistic of 0, at which every slope is finite.
     for (int l = 0; l < LANES<T>; ++l) {
       list.H[list.count + l] = 0;
-      for (int p = 0; p < u.groups; ++p) list.kept[p * list.capacity + list.count + l] = 1;
+      for (int p = 0; p < u.groups; ++p) list.kept[p * list.capacity + list.count + l] = 0;
     }
     for (auto& v : theta_lanes) v = Vec<T>{};
     for (int p = 0; p < u.groups; ++p) {
@@ -152,8 +173,8 @@ struct FactorGrad {
     for (int l = 0; l < lanes; ++l) to[l] += total[l];
   }
 
-  static void run(const SnellUpdate& update, const SnellMatrix* G, const SnellMatrix* weight, const SnellMatrix* merged,
-                  void* grad_A, void* grad_B, void* grad_theta) {
+  static void run(const SnellUpdate& update, const SnellMatrix* G, const SnellTokens* activations,
+                  const SnellMatrix* weight, const SnellMatrix* merged, void* grad_A, void* grad_B, void* grad_theta) {
     Operand<T> u(update, KF::grouped);
     Padded<T> A(u, u.A, u.n), B(u, u.B, u.m);
     // Each thread adds into a dA of its own. One thread alone adds into the caller's, if its rows are padded alike.
@@ -169,7 +190,9 @@ struct FactorGrad {
 #pragma omp parallel num_threads(u.threads) if (u.threads > 1)
     {
       int t = omp_get_thread_num(), team = omp_get_num_threads();
-      FactorGrad body{u, A, B, *G, *weight, *merged, direct ? total : parts[t].get(), static_cast<T*>(grad_B), {}, {}, {}, {}};
+      FactorGrad body{u, A, B, *G, *weight, *merged,
+                      static_cast<const T*>(activations->grad_y), static_cast<const T*>(activations->x),
+                      activations->tokens, direct ? total : parts[t].get(), static_cast<T*>(grad_B), {}, {}, {}, {}};
       for (int r = 0; r < ROWS; ++r) body.lists.emplace_back(std::min(u.chunk, u.panels) * TILE<T>, u.groups);
       body.kept.resize(u.groups * ROWS * COLUMNS);
       body.theta_lanes.resize(num_theta);
@@ -197,9 +220,9 @@ struct FactorGrad {
 
 }  // namespace
 
-void factor_grad(const SnellUpdate& u, const SnellMatrix* G, const SnellMatrix* weight, const SnellMatrix* merged,
-                 void* grad_A, void* grad_B, void* grad_theta) {
-  dispatch<FactorGrad>(u, G, weight, merged, grad_A, grad_B, grad_theta);
+void factor_grad(const SnellUpdate& u, const SnellMatrix* G, const SnellTokens* activations, const SnellMatrix* weight,
+                 const SnellMatrix* merged, void* grad_A, void* grad_B, void* grad_theta) {
+  dispatch<FactorGrad>(u, G, activations, weight, merged, grad_A, grad_B, grad_theta);
 }
 
 }  // namespace snell::SNELL_ISA

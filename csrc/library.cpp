@@ -10,10 +10,11 @@
   namespace snell::isa {                                                                                       \
   void merge(const SnellUpdate&, const SnellMatrix*, const SnellMatrix*);                                      \
   void select(const SnellUpdate&, int64_t, void*);                                                             \
-  void factor_grad(const SnellUpdate&, const SnellMatrix*, const SnellMatrix*, const SnellMatrix*, void*,      \
-                   void*, void*);                                                                              \
+  void density(const SnellUpdate&, int64_t, double*);                                                          \
+  void factor_grad(const SnellUpdate&, const SnellMatrix*, const SnellTokens*, const SnellMatrix*,             \
+                   const SnellMatrix*, void*, void*, void*);                                                   \
   }
-#define SNELL_TABLE(isa) {#isa, snell::isa::merge, snell::isa::select, snell::isa::factor_grad}
+#define SNELL_TABLE(isa) {#isa, snell::isa::merge, snell::isa::select, snell::isa::density, snell::isa::factor_grad}
 
 SNELL_DECLARE(base)
 #ifdef SNELL_HAVE_V3
@@ -29,6 +30,7 @@ struct Table {
   const char* name;
   decltype(&snell::base::merge) merge;
   decltype(&snell::base::select) select;
+  decltype(&snell::base::density) density;
   decltype(&snell::base::factor_grad) factor_grad;
 };
 
@@ -74,12 +76,19 @@ SNELL_EXPORT int snell_select(const SnellUpdate* u, int64_t k, void* tau) {
   return guarded([&] { table.select(*u, k, tau); });
 }
 
-SNELL_EXPORT int snell_factor_grad(const SnellUpdate* u, const SnellMatrix* G, const SnellMatrix* weight,
-                                   const SnellMatrix* merged, void* grad_A, void* grad_B, void* grad_theta) {
-  return guarded([&] { table.factor_grad(*u, G, weight, merged, grad_A, grad_B, grad_theta); });
+// The share of entries that survive, estimated from that many random ones.
+SNELL_EXPORT int snell_density(const SnellUpdate* u, int64_t samples, double* density) {
+  return guarded([&] { table.density(*u, samples, density); });
 }
 
-// 128 bits that change with any bit of the tensors: four lanes of multiply and fold, folded into two.
+SNELL_EXPORT int snell_factor_grad(const SnellUpdate* u, const SnellMatrix* G, const SnellTokens* activations,
+                                   const SnellMatrix* weight, const SnellMatrix* merged, void* grad_A, void* grad_B,
+                                   void* grad_theta) {
+  return guarded([&] { table.factor_grad(*u, G, activations, weight, merged, grad_A, grad_B, grad_theta); });
+}
+
+// 128 bits that tell tensors apart: four lanes of multiply and fold, each handed on to its neighbour at the end, so that
+// what one lane alone has seen moves both halves.
 SNELL_EXPORT void snell_fingerprint(int count, const void* const* data, const int64_t* bytes, uint64_t* digest) {
   uint64_t lanes[4] = {1, 2, 3, 4}, words[4];
   auto absorb = [&] {
@@ -100,7 +109,7 @@ SNELL_EXPORT void snell_fingerprint(int count, const void* const* data, const in
     std::memcpy(words, p, size_t(left));
     absorb();
   }
-  std::memcpy(words, lanes, 32);
+  for (int l = 0; l < 4; ++l) words[l] = lanes[(l + 1) % 4];
   absorb();
   digest[0] = lanes[0] ^ (lanes[2] << 29 | lanes[2] >> 35);
   digest[1] = lanes[1] ^ (lanes[3] << 31 | lanes[3] >> 33);

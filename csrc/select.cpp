@@ -206,6 +206,18 @@ struct Select {
   }
 };
 
+template <class KF, class T>
+struct Density {
+  static void run(const SnellUpdate& update, int64_t samples, double* density) {
+    Operand<T> u(update, KF::grouped);
+    int64_t survivors = 0;
+    for (int64_t i = 0; i < samples; ++i) survivors += !(sample_one<KF>(u, i) <= u.tau);
+    *density = u.gate == SNELL_NONE ? 1.0 : double(survivors) / double(samples);
+  }
+};
+
+void density(const SnellUpdate& u, int64_t samples, double* share) { dispatch<Density>(u, samples, share); }
+
 void select(const SnellUpdate& u, int64_t k, void* tau) { dispatch<Select>(u, k, tau); }
 
 }  // namespace snell::SNELL_ISA

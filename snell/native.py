@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import warnings
-from ctypes import POINTER, Structure, byref, c_char_p, c_int, c_int32, c_int64, c_uint64, c_void_p
+from ctypes import POINTER, Structure, byref, c_char_p, c_double, c_int, c_int32, c_int64, c_uint64, c_void_p
 from pathlib import Path
 
 import torch
@@ -29,6 +29,14 @@ class _Matrix(Structure):
     _fields_ = [("data", c_void_p), ("stride", c_int64), ("dtype", c_int32)]
 
 
+class _Tokens(Structure):
+    _fields_ = [("grad_y", c_void_p), ("x", c_void_p), ("tokens", c_int64)]
+
+
+_NO_TOKENS = _Tokens()
+_NO_MATRIX = _Matrix()
+
+
 def _load() -> ctypes.CDLL | None:
     try:
         library = ctypes.CDLL(str(PATH))
@@ -41,7 +49,10 @@ def _load() -> ctypes.CDLL | None:
     library.snell_isa.restype = c_char_p
     library.snell_merge.argtypes = [POINTER(_Update), POINTER(_Matrix), POINTER(_Matrix)]
     library.snell_select.argtypes = [POINTER(_Update), c_int64, c_void_p]
-    library.snell_factor_grad.argtypes = [POINTER(_Update), *[POINTER(_Matrix)] * 3, *[c_void_p] * 3]
+    library.snell_density.argtypes = [POINTER(_Update), c_int64, POINTER(c_double)]
+    matrix = POINTER(_Matrix)
+    gradients = [c_void_p] * 3
+    library.snell_factor_grad.argtypes = [POINTER(_Update), matrix, POINTER(_Tokens), matrix, matrix, *gradients]
     library.snell_fingerprint.argtypes = [c_int, POINTER(c_void_p), POINTER(c_int64), POINTER(c_uint64)]
     library.snell_fingerprint.restype = None
     return library
@@ -78,7 +89,7 @@ def _update(A: Tensor, B: Tensor, theta: Tensor, tau: Tensor | None, kernel: str
 
 
 def _matrix(matrix: Tensor | None) -> _Matrix:
-    return _Matrix() if matrix is None else _Matrix(matrix.data_ptr(), matrix.stride(0), _DTYPES[matrix.dtype])
+    return _NO_MATRIX if matrix is None else _Matrix(matrix.data_ptr(), matrix.stride(0), _DTYPES[matrix.dtype])
 
 
 def _check(status: int) -> None:
@@ -133,6 +144,7 @@ def factor_grad(
         _library.snell_factor_grad(
             byref(_update(A, B, theta, tau, kernel, groups, gate)),
             byref(G_matrix),
+            byref(_NO_TOKENS),
             byref(_matrix(weight)),
             byref(G_matrix if merged is G else _matrix(merged)),
             grad_A.data_ptr(),
@@ -140,6 +152,47 @@ def factor_grad(
             grad_theta.data_ptr(),
         )
     )
+
+
+def factor_grad_of_tokens(
+    grad_y: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    theta: Tensor,
+    tau: Tensor,
+    grad_A: Tensor,
+    grad_B: Tensor,
+    grad_theta: Tensor,
+    kernel: str,
+    groups: int,
+    gate: str,
+) -> None:
+    """As :func:`factor_grad`, G computed for survivors alone from ``grad_y [m, T]`` and ``x [n, T]``, contiguous and of
+    the factors' dtype."""
+    assert _library is not None
+    _check(
+        _library.snell_factor_grad(
+            byref(_update(A, B, theta, tau, kernel, groups, gate)),
+            byref(_NO_MATRIX),
+            byref(_Tokens(grad_y.data_ptr(), x.data_ptr(), x.shape[1])),
+            byref(_NO_MATRIX),
+            byref(_NO_MATRIX),
+            grad_A.data_ptr(),
+            grad_B.data_ptr(),
+            grad_theta.data_ptr(),
+        )
+    )
+
+
+def density(
+    A: Tensor, B: Tensor, theta: Tensor, tau: Tensor, kernel: str, groups: int, gate: str, samples: int
+) -> float:
+    """The share of entries that survive, estimated from ``samples`` random ones, the same every time."""
+    assert _library is not None
+    share = c_double()
+    _check(_library.snell_density(byref(_update(A, B, theta, tau, kernel, groups, gate)), samples, byref(share)))
+    return share.value
 
 
 def fingerprint(*tensors: Tensor) -> tuple[int, int]:

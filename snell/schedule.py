@@ -149,15 +149,20 @@ def linear_backward(
     grad_weight = torch.empty_like(weight) if need_weight and weight is not None else None
     grad_bias = dy.sum(0, dtype=dy.dtype if weight is None else weight.dtype) if need_bias else None
     factor_grads = [torch.zeros_like(t) for t in (A, B, theta)] if need_factors else [None] * 3
+    backend = backend_of(dy.device)
+    x2 = None if x is None else _as_matrix(x, n)
+    if need_factors and not need_weight and hasattr(backend, "factor_grad_of_tokens"):
+        # A backend that can may take the factors' gradients straight from the activations, without G.
+        update = (A, B, theta, tau, *factor_grads, kernel, groups, gate)
+        need_factors = not backend.factor_grad_of_tokens(dy, x2, *update)
     need_G = need_weight or need_factors
     if need_G or need_x:
         cols = block_length(m * dy.element_size(), n)
-        workspace, backend = dy.new_empty(m * cols), backend_of(dy.device)
-        x2 = _as_matrix(x, n) if x is not None and need_G else None
+        workspace = dy.new_empty(m * cols)
         dx = None if grad_x is None else _as_matrix(grad_x, n)
-        dA = factor_grads[0]
+        dA = factor_grads[0] if need_factors else None
         for A_block, W_block, x_block, dx_block, dW_block, dA_block in _blocks(
-            cols, n, (A, 0), (weight, 1), (x2, 1), (dx, 1), (grad_weight, 1), (dA, 0)
+            cols, n, (A, 0), (weight, 1), (x2 if need_G else None, 1), (dx, 1), (grad_weight, 1), (dA, 0)
         ):
             block = _block(workspace, weight, m, A_block.shape[0])
             if need_G:
