@@ -1,1 +1,6 @@
-"""Triton kernels for NVIDIA GPUs; installs as ``snell.kernels``."""
+"""Triton kernels for NVIDIA GPUs; installs as ``snell.kernels``.
+
+``kappa`` holds the device functions that every kernel calls; ``merge``, ``select``, ``factor_grad`` and
+``few_tokens`` one operation each, with ``selection`` the host's part of select; ``table`` the launch
+parameters and ``launch`` how they are used.
+"""
