@@ -2,8 +2,9 @@
 
 Forward builds W0 + dW a block of rows at a time and multiplies. Backward goes by blocks of columns, so
 that every entry of dX comes out of one GEMM and is rounded once: G of the block first, then one pass
-that turns G into factor gradients and leaves W0 + dW of the same block, then dX. Nothing of size m*n
-is allocated: the workspace is bounded whatever the layer.
+that turns G into factor gradients and leaves W0 + dW of the same block, then dX. A backend may take the
+factors' gradients straight from the activations instead, without G. Nothing of size m*n is allocated:
+the workspace is bounded whatever the layer.
 """
 
 from __future__ import annotations
