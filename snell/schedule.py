@@ -73,6 +73,11 @@ def _block(workspace: Tensor, weight: Tensor | None, rows: int, cols: int) -> Te
     return workspace.view(rows, cols)
 
 
+def _zeros(t: Tensor) -> Tensor:
+    """Where a backend adds the gradient of a factor: contiguous, however the factor itself lies."""
+    return torch.zeros_like(t, memory_format=torch.contiguous_format)
+
+
 def merge(
     A: Tensor, B: Tensor, theta: Tensor, tau: Tensor, weight: Tensor | None, kernel: str, groups: int, gate: str
 ) -> Tensor:
@@ -86,7 +91,7 @@ def factor_gradients(
     G: Tensor, A: Tensor, B: Tensor, theta: Tensor, tau: Tensor, kernel: str, groups: int, gate: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``snell::merge_backward``: dA, dB and dtheta from the whole of ``G [m, n]``."""
-    grads = torch.zeros_like(A), torch.zeros_like(B), torch.zeros_like(theta)
+    grads = _zeros(A), _zeros(B), _zeros(theta)
     backend_of(A.device).factor_grad(G, A, B, theta, tau, None, None, *grads, kernel, groups, gate)
     return grads
 
@@ -149,7 +154,7 @@ def linear_backward(
     grad_x = dy.new_empty(*grad_y.shape[:-1], n) if need_x else None
     grad_weight = torch.empty_like(weight) if need_weight and weight is not None else None
     grad_bias = dy.sum(0, dtype=dy.dtype if weight is None else weight.dtype) if need_bias else None
-    factor_grads = [torch.zeros_like(t) for t in (A, B, theta)] if need_factors else [None] * 3
+    factor_grads = [_zeros(t) for t in (A, B, theta)] if need_factors else [None] * 3
     backend = backend_of(dy.device)
     x2 = None if x is None else _as_matrix(x, n)
     if need_factors and not need_weight and hasattr(backend, "factor_grad_of_tokens"):
@@ -158,7 +163,8 @@ def linear_backward(
         need_factors = not backend.factor_grad_of_tokens(dy, x2, *update)
     need_G = need_weight or need_factors
     if need_G or need_x:
-        cols = block_length(m * dy.element_size(), n)
+        cols = block_length(m * dy.element_size(), n, dy.device.type)
+        A, B = _laid_out(backend, A, B)
         workspace = dy.new_empty(m * cols)
         dx = None if grad_x is None else _as_matrix(grad_x, n)
         dA = factor_grads[0] if need_factors else None
