@@ -107,8 +107,10 @@ class SnellLinear(nn.Module):
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear must be a torch.nn.Linear; got {type(linear).__name__}")
-        if not isinstance(linear.weight, nn.Parameter) or linear.weight.dtype not in functional.WEIGHT_DTYPES:
-            raise TypeError(f"linear must hold a floating-point weight; got {linear.weight.dtype}")
+        # By its type, not its dtype: a quantised tensor names the dtype it stands for.
+        if type(linear.weight) is not nn.Parameter or linear.weight.dtype not in functional.WEIGHT_DTYPES:
+            got = f"{type(linear.weight).__name__} of {linear.weight.dtype}"
+            raise TypeError(f"linear must hold a plain floating-point weight; got {got}")
         layer = cls.__new__(cls)
         layer._build(linear.weight, linear.bias, Spec(rank, sparsity, kernel, groups, gate), scale, train_theta)
         return layer.train(linear.training)

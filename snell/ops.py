@@ -81,7 +81,7 @@ def _(A, B, theta, tau, weight, kernel, groups, gate):
 
 @torch.library.register_fake("snell::merge_backward")
 def _(G, A, B, theta, tau, kernel, groups, gate):
-    return tuple(torch.empty_like(t) for t in (A, B, theta))
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (A, B, theta))
 
 
 @torch.library.register_fake("snell::linear")
@@ -94,7 +94,9 @@ def _(grad_y, x, weight, A, B, theta, tau, kernel, groups, gate, need_x, need_we
     grads = [grad_y.new_empty(*grad_y.shape[:-1], A.shape[0])] if need_x else []
     grads += [torch.empty_like(weight)] if need_weight else []
     grads += [(grad_y if weight is None else weight).new_empty(B.shape[0])] if need_bias else []
-    return grads + ([torch.empty_like(t) for t in (A, B, theta)] if need_factors else [])
+    return grads + (
+        [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (A, B, theta)] if need_factors else []
+    )
 
 
 def _merge_setup(ctx, inputs, output):

@@ -10,6 +10,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
 from cases import KERNELS
@@ -198,8 +199,12 @@ def test_from_linear_refuses_what_is_no_float_linear():
         SnellLinear.from_linear(nn.Conv1d(3, 3, 1))
     linear = nn.Linear(4, 4)
     linear.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(TypeError, match=r"linear must hold a floating-point weight.*int8"):
+    with pytest.raises(TypeError, match=r"linear must hold a plain floating-point weight.*int8"):
         SnellLinear.from_linear(linear, rank=2)
+    quantised = nn.Linear(4, 4)  # its weight says float32, and has no memory of its own
+    quantised.weight = nn.Parameter(TwoTensor(torch.zeros(4, 4), torch.zeros(4, 4)), requires_grad=False)
+    with pytest.raises(TypeError, match=r"linear must hold a plain floating-point weight; got TwoTensor"):
+        SnellLinear.from_linear(quantised, rank=2)
     with pytest.raises(ValueError, match="rank"):
         SnellLinear.from_linear(nn.Linear(4, 4), rank=3)
 
@@ -494,6 +499,17 @@ def test_a_layer_saves_x_and_tau_and_frozen_not_even_x(backend):
     layer.snell_B.requires_grad_(False)
     assert saved_bytes(layer, x) == tau
     assert saved_bytes(layer, x.detach()) == 0
+
+
+def test_factors_stored_by_columns_get_the_same_gradients():
+    layer, x = draw(), torch.randn(5, 14)
+    other = copy.deepcopy(layer)
+    other.snell_A.data, other.snell_B.data = (t.data.t().contiguous().t() for t in (other.snell_A, other.snell_B))
+    for each in (layer, other):
+        each(x).square().sum().backward()
+        each.delta_weight().square().sum().backward()
+    for name in ("snell_A", "snell_B"):
+        torch.testing.assert_close(getattr(other, name).grad, getattr(layer, name).grad)
 
 
 def test_accumulated_gradients_are_the_sum(backend):
