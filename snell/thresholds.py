@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from snell import functional, schedule
 from snell.spec import Spec
@@ -44,6 +43,8 @@ def refresh_thresholds(model: nn.Module) -> int:
     Returns:
         How many updates were selected for.
     """
+    from torch.distributed.tensor import DTensor  # seconds to import, which a program without it need not pay
+
     together: dict[tuple, list[tuple[Tensor, Tensor, Tensor, float]]] = defaultdict(list)
     for A, B, theta, spec in _updates(model):
         if spec.sparsity and not A.is_meta and not isinstance(A, DTensor):
