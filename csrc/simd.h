@@ -139,8 +139,6 @@ SNELL_INLINE D exp(D x) {
   for (int l = 0; l < LANES<double>; ++l) x[l] = std::exp(x[l]);
   return x;
 }
-SNELL_INLINE float exp(float x) { return std::exp(x); }
-SNELL_INLINE double exp(double x) { return std::exp(x); }
 
 // ---- the four storage dtypes ------------------------------------------------------------------------------------
 
