@@ -22,7 +22,7 @@ class Row(NamedTuple):
 _MERGE = Row(64, 64, 8)
 #: Nothing is loaded but factors: 4 rows x 4 columns a thread reads 8 numbers for 16 entries; 32 entries spill.
 _SELECT = Row(4, 512, 4)
-#: As merge; its two products take 140 registers a thread with a half-precision G, and 32 entries spill.
+#: As merge; its two products take 168 registers a thread with a half-precision G, and 32 entries spill.
 _FACTOR_GRAD = Row(64, 64, 8)
 #: More than two groups: 4 entries a thread, or their norms spill.
 _FACTOR_GRAD_MANY = Row(32, 32, 8)
