@@ -26,17 +26,27 @@ class BuildNative(build_ext):
         return fullname.replace(".", "/") + ".so"
 
     def build_extension(self, ext):
-        jobs = [("main", source, [f"-DSNELL_HAVE_{isa.upper()}" for isa in ISAS]) for source in ext.sources]
-        for isa, flags in {"base": [], **ISAS}.items():
-            jobs += [(isa, source, [*flags, f"-DSNELL_ISA={isa}"]) for source in SIMD_SOURCES]
+        sources, variants = SIMD_SOURCES, {"base": [], **ISAS}
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = [name for names in pool.map(self._compile, jobs) for name in names]
+            jobs = {
+                isa: [
+                    pool.submit(self._compile, source, isa, [*flags, f"-DSNELL_ISA={isa}"]) for source in SIMD_SOURCES
+                ]
+                for isa, flags in variants.items()
+            }
+        objects, built = [], []
+        for isa, parts in jobs.items():
+            # An older compiler may not know the newer sets: the library then does without them.
+            if isa == "base" or not any(part.exception() for part in parts):
+                objects += [name for part in parts for name in part.result()]
+                built.append(isa)
+        have = [f"-DSNELL_HAVE_{isa.upper()}" for isa in built]
+        objects += [name for source in ext.sources for name in self._compile(source, "main", have)]
         self.compiler.link_shared_object(
             objects, self.get_ext_fullpath(ext.name), extra_postargs=["-fopenmp"], target_lang="c++"
         )
 
-    def _compile(self, job):
-        folder, source, flags = job
+    def _compile(self, source, folder, flags):
         return self.compiler.compile(
             [source], output_dir=f"{self.build_temp}/{folder}", extra_postargs=FLAGS + flags, depends=DEPENDS
         )

@@ -1,4 +1,5 @@
-// The C interface: picks the instruction set once, and never lets an exception out.
+// The C interface: picks the instruction set once, and turns exceptions into a status (memory that runs out inside a
+// parallel region ends the process, as OpenMP has it).
 #include <cstdlib>
 #include <cstring>
 

@@ -154,7 +154,7 @@ SNELL_INLINE uint32_t to_bits(float f) {
 }
 SNELL_INLINE uint16_t float_to_bf16(float f) {
   uint32_t u = to_bits(f);
-  return f != f ? 0x7fc0 : uint16_t((u + 0x7fff + (u >> 16 & 1)) >> 16);
+  return f != f ? uint16_t(u >> 16 | 0x40) : uint16_t((u + 0x7fff + (u >> 16 & 1)) >> 16);  // a NaN keeps its payload
 }
 SNELL_INLINE float half_to_float(uint16_t h) {
   uint32_t sign = uint32_t(h & 0x8000) << 16, magnitude = h & 0x7fff;
@@ -164,7 +164,7 @@ SNELL_INLINE float half_to_float(uint16_t h) {
 }
 SNELL_INLINE uint16_t float_to_half(float f) {
   uint32_t u = to_bits(f), sign = u >> 16 & 0x8000, magnitude = u & 0x7fffffff;
-  if (magnitude > 0x7f800000) return uint16_t(sign | 0x7e00);
+  if (magnitude > 0x7f800000) return uint16_t(sign | 0x7e00 | (magnitude >> 13 & 0x3ff));
   if (magnitude >= 0x477ff000) return uint16_t(sign | 0x7c00);  // 65520 and up round to infinity
   if (magnitude < 0x38800000) {  // below 2^-14: adding 0.5 rounds at the place of the last denormal bit
     return uint16_t(sign | (to_bits(from_bits(magnitude) + 0.5f) - 0x3f000000));
@@ -226,8 +226,7 @@ SNELL_INLINE void store_as(void* p, int64_t i, int dtype, int count, Vec<T> v) {
       uint16_t* q = static_cast<uint16_t*>(p) + i;
       if (dtype == SNELL_BF16) {
         Word u = Word(v);
-        u = (u + 0x7fff + (u >> 16 & 1)) >> 16;
-        u = v == v ? u : Word{} + 0x7fc0;
+        u = v == v ? (u + 0x7fff + (u >> 16 & 1)) >> 16 : u >> 16 | 0x40;
         Short s = __builtin_convertvector(u, Short);
         std::memcpy(q, &s, sizeof s);
         return;

@@ -39,11 +39,11 @@ def clear() -> None:
 
 def remember(key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
     """The threshold kept under ``key``, computed if there is none; always a fresh 0-dim tensor."""
-    tau = _memo.get(key)
+    # Taken out and put back rather than moved: another thread may forget the key in between.
+    tau = _memo.pop(key, None)
     if tau is None:
-        tau = _memo[key] = compute()
-        if len(_memo) > CAPACITY:
-            _memo.popitem(last=False)
-    else:
-        _memo.move_to_end(key)
+        tau = compute()
+    _memo[key] = tau
+    if len(_memo) > CAPACITY:
+        _memo.popitem(last=False)
     return tau.clone()

@@ -71,15 +71,22 @@ def instruction_set() -> str | None:
     return _library.snell_isa().decode() if _library else None
 
 
+def _address(tensor: Tensor) -> int:
+    address = tensor.data_ptr()
+    if not address:
+        raise TypeError(f"a {type(tensor).__name__} holds no memory of its own that a native kernel could read")
+    return address
+
+
 def _update(A: Tensor, B: Tensor, theta: Tensor, tau: Tensor | None, kernel: str, groups: int, gate: str) -> _Update:
     return _Update(
         B.shape[0],
         A.shape[0],
         A.shape[1],
-        A.data_ptr(),
-        B.data_ptr(),
-        theta.data_ptr(),
-        None if tau is None else tau.data_ptr(),
+        _address(A),
+        _address(B),
+        theta.data_ptr(),  # empty for a kernel function without parameters
+        None if tau is None else _address(tau),
         _DTYPES[A.dtype],
         _KERNELS[kernel],
         groups,
@@ -89,7 +96,7 @@ def _update(A: Tensor, B: Tensor, theta: Tensor, tau: Tensor | None, kernel: str
 
 
 def _matrix(matrix: Tensor | None) -> _Matrix:
-    return _NO_MATRIX if matrix is None else _Matrix(matrix.data_ptr(), matrix.stride(0), _DTYPES[matrix.dtype])
+    return _NO_MATRIX if matrix is None else _Matrix(_address(matrix), matrix.stride(0), _DTYPES[matrix.dtype])
 
 
 def _check(status: int) -> None:

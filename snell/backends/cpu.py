@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from snell import memo, native
-from snell.backends.layout import row_major
+from snell.backends.layout import readable, row_major
 from snell.spec import num_zeroed
 
 
@@ -47,6 +47,7 @@ def factor_grad(
     groups: int,
     gate: str,
 ) -> None:
+    G = readable(G)
     lead = G if merged is None else merged
     (A, B, grad_A, grad_B), (_, G, weight, merged) = row_major((A, B, grad_A, grad_B), lead, G, weight, merged)
     native.factor_grad(
