@@ -26,7 +26,7 @@ class BuildNative(build_ext):
         return fullname.replace(".", "/") + ".so"
 
     def build_extension(self, ext):
-        sources, variants = SIMD_SOURCES, {"base": [], **ISAS}
+        variants = {"base": [], **ISAS}
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             jobs = {
                 isa: [
