@@ -174,8 +174,8 @@ def run(
 def table(results: list[dict[str, Any]]) -> str:
     """A Markdown table, one row a method."""
     rows = [
-        "| method | test accuracy | validation | trainable | learning rate | s / step |",
-        "|---|---|---|---|---|---|",
+        "| method | test accuracy | validation | trainable | learning rate |",
+        "|---|---|---|---|---|",
     ]
     for result in results:
         rows.append(

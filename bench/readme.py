@@ -14,7 +14,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from bench import demo_report, layer
+from bench import demo_report, layer, minilm, peft_models
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -43,11 +43,23 @@ def _demo_section(document: dict[str, Any]) -> str:
     )
 
 
+def _models_section(document: dict[str, Any]) -> str:
+    settings = f"r = {document['rank']}, s = {document['sparsity']}"
+    table = peft_models.table(document["models"])
+    return f"{table}\n\n`{document['command']}`, {settings}: {_where(document['machine'])}."
+
+
+def _minilm_section(document: dict[str, Any]) -> str:
+    return f"{minilm.table(document['results'])}\n\n`{document['command']}`: {_where(document['machine'])}."
+
+
 #: What renders a results file, by the file's name.
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "layer-cpu": _layer_section,
     "layer-cuda": _layer_section,
     "demo": _demo_section,
+    "peft-models-cpu": _models_section,
+    "minilm": _minilm_section,
 }
 
 
