@@ -8,9 +8,9 @@ off (``enable_fp_fusion=False``), so nothing around a call changes its rounding.
 Distances are summed as ``(b - a)^2``. ``|b|^2 + |a|^2 - 2 a.b`` on tensor cores would be cheaper, but it
 cancels where b is near a (an absolute error of 1e-7 (|a|^2 + |b|^2) under a square root), its bits depend
 on the instruction a tile shape gets, and splitting, norms and a guard against the cancellation take back
-much of what the tensor core saves. The price: 2 r operations an entry, 15e9 lane operations at
-28672 x 8192 and r = 32, against 60 TFLOP/s of fp32 (30e12 fused lane operations a second): 0.5 ms by that
-count, beside 4.9 ms for one GEMM of 8192 tokens at 790 TFLOP/s. A dot product is half of it.
+much of what the tensor core saves. The price: 2 r operations an entry, 15e9 at 28672 x 8192 and r = 32, on lanes
+that by the datasheets do some thirtieth of what the tensor cores do; one GEMM of 8192 tokens takes 1.9e12
+multiply-adds of those. A dot product is half of it.
 
 Factors come k-major (one column of the rank axis contiguous, see ``launch.k_major``): a load of one k is
 then coalesced and 16 bytes wide. Up to a rank of UNROLLED the loop is unrolled, which lets the compiler
