@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ def main() -> None:
             results.append(run_case(case, arguments.seconds, bar.refresh))
     out.parent.mkdir(parents=True, exist_ok=True)
     document = {
-        "command": f"python -m bench.layer --device {arguments.device}",
+        "command": " ".join(["python -m bench.layer", *sys.argv[1:]]),
         "rank": RANK,
         "sparsity": SPARSITY,
         "machine": machine_facts(arguments.device),
