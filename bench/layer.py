@@ -74,10 +74,16 @@ def run_case(case: Case, budget: float, tick: Any) -> dict[str, Any]:
     return result
 
 
+def _size(count: int) -> str:
+    if count < 2**10:
+        return f"{count} B"
+    return f"{count / 2**10:.0f} KiB" if count < 2**20 else f"{count / 2**20:.1f} MiB"
+
+
 def table(results: list[dict[str, Any]]) -> str:
     """The cases as a Markdown table."""
     columns = ("in x out, tokens", "dtype", "floor", "SNELL", "of the floor", "PEFT LoRA", "of LoRA", "published")
-    columns += ("faster than published", "extra memory: SNELL", "LoRA", "published")
+    columns += ("faster than published", "extra memory: SNELL, LoRA, published", "kept for backward beyond x: the same")
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for case in results:
         methods = case["methods"]
@@ -85,17 +91,17 @@ def table(results: list[dict[str, Any]]) -> str:
         def ms(name: str, methods: dict[str, Any] = methods) -> str:
             return f"{methods[name]['seconds'] * 1e3:.3g} ms" if "seconds" in methods[name] else "**raises**"
 
-        def mib(name: str, methods: dict[str, Any] = methods) -> str:
-            peak = methods[name].get("extra_peak_bytes")
-            return "" if peak is None else f"{peak / 2**20:.1f} MiB"
+        def sizes(key: str, methods: dict[str, Any] = methods) -> str:
+            found = (methods[name].get(key) for name in LAYERS)
+            return ", ".join("-" if size is None else _size(size) for size in found)
 
         published = methods["published"].get("snell_over_it")
         lines.append(
             f"| {case['in_features']} x {case['out_features']}, {case['tokens']} | {case['dtype']} | {ms('floor')} "
             f"| {ms('snell')} | {methods['snell']['ratio_to_floor']:.2f} | {ms('lora')} "
             f"| {methods['lora']['snell_over_it']:.2f} | {ms('published')} "
-            f"| {'' if published is None else f'{1 / published:.1f} x'} | {mib('snell')} | {mib('lora')} "
-            f"| {mib('published')} |"
+            f"| {'' if published is None else f'{1 / published:.1f} x'} | {sizes('extra_peak_bytes')} "
+            f"| {sizes('saved_bytes_beyond_x')} |"
         )
     return "\n".join(lines)
 
