@@ -13,4 +13,4 @@ timeout 200 python -m pytest --no-header -m gpu tests/backends/test_on_gpu.py | 
 for operation in merge select factor_grad generate; do
     timeout 35 python -m "bench.$operation" --out "$out/$operation.json" | tee "$out/$operation.txt"
 done
-timeout 130 python -m bench.layer --device cuda --out "$out/layer.json" | tee "$out/layer.txt"
+timeout 130 python -m bench.layer --device cuda --seconds 6 --out "$out/layer.json" | tee "$out/layer.txt"
