@@ -18,6 +18,9 @@ from snell.kernels.kappa import gate_value, kernel_value, pair_statistics
 def add_update(weight, K, gate, out_dtype: tl.constexpr):
     """weight + K * gate, rounded once to ``out_dtype``; where the update is 0 the weight passes untouched."""
     delta = K * gate
+    if weight.dtype == tl.float64 and out_dtype.primitive_bitwidth == 16:
+        # By way of float32, as PyTorch narrows: the interpreter takes a double's bits for a bfloat16's.
+        weight = weight.to(tl.float32)
     # Adding +0 would turn -0 into +0.
     return tl.where(delta == 0.0, weight.to(out_dtype), (weight + delta).to(out_dtype))
 
