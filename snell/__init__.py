@@ -1,4 +1,4 @@
-"""Sparse low-rank fine-tuning at LoRA's cost: SNELL's kernelised, competing updates."""
+"""Sparse low-rank fine-tuning near LoRA's cost: SNELL's kernelised, competing updates."""
 
 from importlib.metadata import version
 
