@@ -8,13 +8,13 @@ NATIVE := $(wildcard csrc/*)
 .PHONY: demo test bench lint types wheel clean
 
 demo: $(VENV)/.ready  ## transfer a small ViT to a new domain with few labels, by SNELL and its peers
-	$(BIN)/python -m bench.demo
+	$(BIN)/snell demo
 
 test: $(VENV)/.ready  ## every test
 	$(BIN)/python -m pytest
 
 bench: $(VENV)/.ready  ## one layer's forward and backward beside the floor, LoRA and the published algorithm
-	$(BIN)/python -m bench.layer
+	$(BIN)/snell bench layer
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -65,9 +65,11 @@ class PlatformWheel(bdist_wheel):
 
 DEPENDS = [f"csrc/{name}.h" for name in ("api", "simd", "kappa", "tiles", "merge")]
 
+PACKAGES = ["snell", "snell.backends", "snell.bench", "snell.bench.paper", "snell.cli", "snell.kernels", "snell.peft"]
+
 setup(
-    packages=["snell", "snell.backends", "snell.kernels", "snell.peft"],
-    package_dir={"snell.kernels": "kernels"},
+    packages=PACKAGES,
+    package_dir={"snell.kernels": "kernels", "snell.bench": "bench"},
     ext_modules=[Extension("snell._native", ["csrc/library.cpp"], depends=DEPENDS, language="c++", optional=True)]
     if sys.platform != "win32"
     else [],

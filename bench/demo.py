@@ -1,6 +1,6 @@
 """The main job on real data: take a network from one domain to another with few labels.
 
-``python -m bench.demo`` pre-trains a small vision transformer on scikit-learn's handwritten digits as they are
+``snell demo`` pre-trains a small vision transformer on scikit-learn's handwritten digits as they are
 (the source), then tunes it for digits that are turned by a quarter, inverted and noisy (the target), of which ten
 a class have labels: by SNELL on every linear layer of the frozen encoder, beside LoRA, full fine-tuning and a
 linear probe. Every method takes the same number of steps and tries the same number of learning rates, with three
@@ -11,28 +11,28 @@ Writes ``demo.png``, ``demo.json`` and the tuned SNELL model as an ordinary tran
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
+import click
 import torch
 from torch import nn
 from tqdm import tqdm
 from transformers import ViTForImageClassification
 from transformers.utils import logging
 
-from bench.demo_data import Domains, Images, draw_few, load_domains
-from bench.demo_methods import METHODS, SETTINGS, Method, map_backbone, new_vit, shown_layer, weight_change
-from bench.demo_report import Result, draw, table
-from bench.demo_training import BATCH, accuracy, costs, num_trainable, train
-from bench.machine import machine_facts
 from snell import SnellLinear
+from snell.bench.demo_data import Domains, Images, draw_few, load_domains
+from snell.bench.demo_methods import METHODS, SETTINGS, Method, map_backbone, new_vit, shown_layer, weight_change
+from snell.bench.demo_report import Result, draw, table
+from snell.bench.demo_training import BATCH, accuracy, costs, num_trainable, train
+from snell.bench.record import made_by, out_option, write
 
 __all__ = ["Settings", "main", "reload_merged", "run"]
 
@@ -126,8 +126,6 @@ def run(out: Path, settings: Settings | None = None, methods: Sequence[Method] =
     draw(out / "demo.png", domains, results, untuned, updates, layer)
     difference = reload_merged(models[-1], out / "demo_model", domains.target_test)
     facts = {
-        "command": "python -m bench.demo",
-        "machine": machine_facts(),
         "settings": asdict(settings) | {"methods": SETTINGS},
         "source_accuracy": source,
         "target_accuracy_before_tuning": untuned,
@@ -135,7 +133,7 @@ def run(out: Path, settings: Settings | None = None, methods: Sequence[Method] =
         "seconds": time.perf_counter() - start,
     }
     rows_json = [asdict(r) | {"mean": r.mean, "spread": r.spread} for r in results]
-    (out / "demo.json").write_text(json.dumps(facts | {"methods": rows_json}, indent=2) + "\n")
+    write(out, "demo", facts | {"methods": rows_json})
 
     print(f"\nPre-trained: {source:.1f} % on the source's test images, {untuned:.1f} % on the target's.")
     print(
@@ -151,14 +149,22 @@ def run(out: Path, settings: Settings | None = None, methods: Sequence[Method] =
     return results
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.demo", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for results (default: out)")
-    arguments = parser.parse_args()
+def report(document: dict[str, Any]) -> str:
+    """The results file as Markdown."""
+    results = [Result(**{field.name: row[field.name] for field in fields(Result)}) for row in document["methods"]]
+    for result in results:  # JSON turns the rates, which are keys, into strings
+        result.trials = {float(rate): accuracy for rate, accuracy in result.trials.items()}
+    before = f"before tuning {document['target_accuracy_before_tuning']:.1f} %"
+    return f"{table(results)}\n\n{made_by(document)} Mean and standard deviation over the seeds; {before}."
+
+
+@click.command(help=__doc__)
+@out_option
+def main(out: Path) -> None:
     # Their own progress bars and deprecations would break ours up.
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    run(arguments.out)
+    run(out)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification
 
-from bench.demo_data import CLASSES
 from snell import SnellLinear
+from snell.bench.demo_data import CLASSES
 
 __all__ = ["METHODS", "RANK", "SETTINGS", "Method", "map_backbone", "new_vit", "shown_layer", "weight_change"]
 

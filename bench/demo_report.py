@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from bench.demo_data import CLASSES, Domains, Images
+from snell.bench.demo_data import CLASSES, Domains, Images
 
 __all__ = ["Result", "draw", "table"]
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bench.demo_data import Images
-from bench.measure import interleaved, saved_bytes
+from snell.bench.demo_data import Images
+from snell.bench.measure import interleaved, saved_bytes
 
 __all__ = ["accuracy", "costs", "num_trainable", "train"]
 

@@ -6,18 +6,19 @@ are medians over repetitions, taken by events.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
+import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
 from torch import Tensor
 
-from bench.machine import machine_facts
-from bench.measure import seconds_of
+from snell.bench.measure import seconds_of
+from snell.bench.record import out_option, write
 
 #: Together the input sets are this much larger than the L2 cache.
 OVER_CACHE = 3
@@ -63,31 +64,54 @@ def update(m: int, n: int, rank: int, device: str) -> tuple[Tensor, Tensor, Tens
     return A, B, torch.tensor([0.1, -0.1], device=device)
 
 
-def arguments(description: str | None) -> argparse.Namespace:
-    """What every operation's benchmark takes."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument(
-        "--device", default="cuda", choices=("cuda", "cpu"), help="cpu tries the code, and times nothing"
+@dataclass(frozen=True)
+class Run:
+    """What the command line of an operation's benchmark says."""
+
+    device: str
+    ranks: tuple[int, ...]
+    shapes: tuple[tuple[int, int], ...]
+    out: Path
+
+
+def operation_command(main: Callable[[Run], None]) -> click.Command:
+    """``main`` as a command with the options of :class:`Run`, described by its module's docstring."""
+
+    def command(device: str, rank: tuple[int, ...], shape: tuple[tuple[int, int], ...], out: Path) -> None:
+        if device == "cuda" and not torch.cuda.is_available():
+            raise click.BadParameter("there is no GPU here that torch can use", param_hint="--device")
+        main(Run(device, rank, shape or SHAPES, out))
+
+    options = (
+        click.option(
+            "--device",
+            type=click.Choice(["cuda", "cpu"]),
+            default="cuda",
+            show_default=True,
+            help="cpu tries the code, and times nothing.",
+        ),
+        click.option("--rank", type=int, multiple=True, default=(8, 32), show_default=True, help="May be repeated."),
+        click.option(
+            "--shape",
+            type=(int, int),
+            multiple=True,
+            metavar="IN OUT",
+            help="May be repeated; some models' unless given.",
+        ),
+        out_option,
     )
-    parser.add_argument("--rank", type=int, nargs="+", default=[8, 32])
-    parser.add_argument("--shape", type=int, nargs=2, action="append", metavar=("IN", "OUT"))
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-    args.shapes = [tuple(shape) for shape in args.shape] if args.shape else SHAPES
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("there is no GPU here")
-    return args
+    for option in reversed(options):
+        command = option(command)
+    return click.command(help=sys.modules[main.__module__].__doc__)(command)
 
 
-def report(name: str, args: argparse.Namespace, limits: dict[str, float], rows: list[dict[str, Any]]) -> None:
-    """Print the rows as a table, and write them with the machine's facts."""
+def report(name: str, run: Run, limits: dict[str, float], rows: list[dict[str, Any]], file: str | None = None) -> None:
+    """Print the rows as a table, and write them with the machine's facts to ``file`` or ``name``.json."""
     copy, product = limits["copy_bytes_per_s"] / 1e12, limits["gemm_flop_per_s"] / 1e12
-    print(f"{name}: copy {copy:.2f} TB/s, bf16 GEMM {product:.0f} TFLOP/s")
+    click.echo(f"{name}: copy {copy:.2f} TB/s, bf16 GEMM {product:.0f} TFLOP/s")
     columns = list(rows[0])
-    print("  ".join(f"{column:>18}" for column in columns))
+    click.echo("  ".join(f"{column:>18}" for column in columns))
     for row in rows:
-        print("  ".join(f"{value:>18.4g}" if isinstance(value, float) else f"{value!s:>18}" for value in row.values()))
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        facts = machine_facts(args.device)
-        args.out.write_text(json.dumps({"benchmark": name, "machine": facts, **limits, "rows": rows}, indent=1) + "\n")
+        cells = (f"{value:>18.4g}" if isinstance(value, float) else f"{value!s:>18}" for value in row.values())
+        click.echo("  ".join(cells))
+    write(run.out, file or name, {**limits, "rows": rows}, benchmark=name, device=run.device)

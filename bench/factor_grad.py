@@ -2,7 +2,7 @@
 
 A block is what one step of the layer's backward holds: all rows, and as many columns as its workspace.
 
-python -m bench.factor_grad [--rank 8 32] [--shape IN OUT] [--out FILE]
+snell bench factor-grad [--rank 8 --rank 32] [--shape IN OUT]
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from bench.device_timing import arguments, ceilings, median_seconds, num_sets, report, update
 from snell import functional
+from snell.bench.device_timing import Run, ceilings, median_seconds, num_sets, operation_command, report, update
 from snell.schedule import block_length
 
 
@@ -46,11 +46,11 @@ def measure(m: int, n: int, rank: int, device: str) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    args = arguments(__doc__)
-    cases = [(m, n, rank) for n, m in args.shapes for rank in args.rank]
-    rows = [measure(m, n, rank, args.device) for m, n, rank in tqdm(cases, desc="factor_grad")]
-    report("factor_grad", args, ceilings(args.device), rows)
+@operation_command
+def main(run: Run) -> None:
+    cases = [(m, n, rank) for n, m in run.shapes for rank in run.ranks]
+    rows = [measure(m, n, rank, run.device) for m, n, rank in tqdm(cases, desc="factor_grad")]
+    report("factor-grad", run, ceilings(run.device), rows)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """One unmerged layer for a few tokens, as generation calls it: beside the plain layer and PEFT's LoRA.
 
-python -m bench.generate [--rank 8 32] [--shape IN OUT] [--out FILE]
+snell bench generate [--rank 8 --rank 32] [--shape IN OUT]
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from bench.device_timing import arguments, ceilings, median_seconds, num_sets, report
 from snell import SnellLinear, refresh_thresholds
+from snell.bench.device_timing import Run, ceilings, median_seconds, num_sets, operation_command, report
 
 TOKENS = (1, 4, 16)
 
@@ -53,11 +53,11 @@ def measure(m: int, n: int, rank: int, tokens: int, device: str) -> dict[str, An
     }
 
 
-def main() -> None:
-    args = arguments(__doc__)
-    cases = [(m, n, rank, tokens) for n, m in args.shapes for rank in args.rank for tokens in TOKENS]
-    rows = [measure(*case, args.device) for case in tqdm(cases, desc="generate")]
-    report("generate", args, ceilings(args.device), rows)
+@operation_command
+def main(run: Run) -> None:
+    cases = [(m, n, rank, tokens) for n, m in run.shapes for rank in run.ranks for tokens in TOKENS]
+    rows = [measure(*case, run.device) for case in tqdm(cases, desc="generate")]
+    report("generate", run, ceilings(run.device), rows)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ mkdir -p "$out"
 unset TRITON_INTERPRET
 timeout 200 python -m pytest --no-header -m gpu tests/backends/test_on_gpu.py | tee "$out/tests.txt"
 
-for operation in merge select factor_grad generate; do
-    timeout 35 python -m "bench.$operation" --out "$out/$operation.json" | tee "$out/$operation.txt"
+for operation in merge select factor-grad generate; do
+    timeout 35 snell bench "$operation" --out "$out" | tee "$out/$operation.txt"
 done
-timeout 130 python -m bench.layer --device cuda --seconds 6 --out "$out/layer.json" | tee "$out/layer.txt"
+timeout 130 snell bench layer --device cuda --seconds 6 --out "$out" | tee "$out/layer.txt"

@@ -1,25 +1,23 @@
 """Forward and backward of one layer: SNELL beside the floor, PEFT's LoRA and the published algorithm.
 
-    python -m bench.layer [--device cuda] [--out bench/results/layer-cpu.json]
+    snell bench layer [--device cuda]
 
 All methods of a case run in one process and take turns; figures are medians. Threads are torch's.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
 from tqdm import tqdm
 
-from bench.layer_methods import LAYERS, RANK, SPARSITY, Case, Contender, Floor
-from bench.machine import machine_facts
-from bench.measure import extra_peak_bytes, interleaved, median_ratio, saved_bytes
+from snell.bench.layer_methods import LAYERS, RANK, SPARSITY, Case, Contender, Floor
+from snell.bench.measure import extra_peak_bytes, interleaved, median_ratio, saved_bytes
+from snell.bench.record import device_option, made_by, out_option, write
 
 #: in_features, out_features, tokens.
 CPU_SHAPES = ((64, 64, 8), (768, 768, 1576), (768, 3072, 1576), (4096, 4096, 512), (4096, 11008, 256))
@@ -106,34 +104,27 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--out", type=Path, help="results file (default: bench/results/layer-DEVICE.json)")
-    parser.add_argument(
-        "--seconds", type=float, default=BUDGET_SECONDS, help="time for each case (default: %(default)s)"
-    )
-    arguments = parser.parse_args()
-    out = arguments.out or Path(f"bench/results/layer-{arguments.device}.json")
-    shapes = CPU_SHAPES if arguments.device == "cpu" else GPU_SHAPES
+def report(document: dict[str, Any]) -> str:
+    """The results file as Markdown."""
+    return f"{table(document['cases'])}\n\n{made_by(document)}"
+
+
+@click.command(help=__doc__)
+@device_option
+@click.option("--seconds", type=float, default=BUDGET_SECONDS, show_default=True, help="Time for each case.")
+@out_option
+def main(device: str, seconds: float, out: Path) -> None:
     torch.manual_seed(0)
+    shapes = CPU_SHAPES if device == "cpu" else GPU_SHAPES
     results = []
-    cases = [Case(*shape, dtype, arguments.device) for dtype in (torch.float32, torch.bfloat16) for shape in shapes]
+    cases = [Case(*shape, dtype, device) for dtype in (torch.float32, torch.bfloat16) for shape in shapes]
     with tqdm(cases, unit="case") as bar:
         for case in bar:
             bar.set_postfix_str(f"{case} {case.dtype}")
-            results.append(run_case(case, arguments.seconds, bar.refresh))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    document = {
-        "command": " ".join(["python -m bench.layer", *sys.argv[1:]]),
-        "rank": RANK,
-        "sparsity": SPARSITY,
-        "machine": machine_facts(arguments.device),
-        "cases": results,
-    }
-    out.write_text(json.dumps(document, indent=1) + "\n")
-    print(table(results))
-    print(f"\nwritten: {out}")
+            results.append(run_case(case, seconds, bar.refresh))
+    click.echo(table(results))
+    settings = {"rank": RANK, "sparsity": SPARSITY}
+    write(out, f"layer-{device}", {"settings": settings, "cases": results}, benchmark="layer", device=device)
 
 
 if __name__ == "__main__":

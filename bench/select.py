@@ -1,6 +1,6 @@
 """tau of a layer, of a layer whose factors did not change, and of all layers of a model in one call.
 
-python -m bench.select [--rank 8 32] [--shape IN OUT] [--out FILE]
+snell bench select [--rank 8 --rank 32] [--shape IN OUT]
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from bench.device_timing import arguments, ceilings, median_seconds, report, update
-from bench.measure import extra_peak_bytes
 from snell import functional
+from snell.bench.device_timing import Run, ceilings, median_seconds, operation_command, report, update
+from snell.bench.measure import extra_peak_bytes
 from snell.kernels.selection import Update, forget, select_thresholds
 
 #: in, out of every adapted layer of one transformer block, and how many blocks.
@@ -69,16 +69,15 @@ def measure_model(name: str, rank: int, device: str) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    args = arguments(__doc__)
-    cases = [(m, n, rank) for n, m in args.shapes for rank in args.rank]
-    limits = ceilings(args.device)
-    report("select", args, limits, [measure(m, n, r, args.device) for m, n, r in tqdm(cases, desc="select")])
-    if args.device == "cuda":
-        args.out = args.out and args.out.with_stem(args.out.stem + "-models")
-        models = [(name, rank) for name in MODELS for rank in args.rank]
-        rows = [measure_model(name, rank, args.device) for name, rank in tqdm(models, desc="select, models")]
-        report("select, whole models", args, limits, rows)
+@operation_command
+def main(run: Run) -> None:
+    cases = [(m, n, rank) for n, m in run.shapes for rank in run.ranks]
+    limits = ceilings(run.device)
+    report("select", run, limits, [measure(m, n, r, run.device) for m, n, r in tqdm(cases, desc="select")])
+    if run.device == "cuda":
+        models = [(name, rank) for name in MODELS for rank in run.ranks]
+        rows = [measure_model(name, rank, run.device) for name, rank in tqdm(models, desc="select, models")]
+        report("select", run, limits, rows, file="select-models")
 
 
 if __name__ == "__main__":

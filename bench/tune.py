@@ -1,6 +1,6 @@
 """Times candidate tiles of every kernel on this GPU and prints a row for each for ``snell.kernels.table``.
 
-python -m bench.tune [--rank 8 32] [--shape IN OUT]
+snell bench tune [--rank 8 --rank 32] [--shape IN OUT]
 
 A candidate's time is the sum over the cases; one that does not compile for this GPU is left out.
 """
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bench.device_timing import arguments, median_seconds, update
+from snell.bench.device_timing import Run, median_seconds, operation_command, update
 from snell.kernels import factor_grad, few_tokens, launch, merge
 from snell.kernels.selection import Update, forget, select_thresholds
 from snell.kernels.table import TABLE, Row
@@ -81,9 +81,9 @@ def fastest(operation: str, cases: list[tuple[int, int, int]]) -> tuple[Row, flo
     return best, seconds[best], seconds[here]
 
 
-def main() -> None:
-    args = arguments(__doc__)
-    cases = [(m, n, rank) for n, m in args.shapes[:3] for rank in args.rank]
+@operation_command
+def main(run: Run) -> None:
+    cases = [(m, n, rank) for n, m in run.shapes[:3] for rank in run.ranks]
     major, minor = torch.cuda.get_device_capability()
     found = {operation: fastest(operation, cases) for operation in CANDIDATES}
     print(f"{major * 10 + minor}: {{  # {torch.cuda.get_device_name()}")

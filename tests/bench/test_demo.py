@@ -11,11 +11,11 @@ pytest.importorskip("peft")
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
-from bench.demo import Settings, reload_merged, run
-from bench.demo_data import CLASSES, Images, draw_few, load_domains
-from bench.demo_methods import METHODS, RANK, new_vit, shown_layer, weight_change
-from bench.demo_training import costs, num_trainable, train
 from snell import SnellLinear
+from snell.bench.demo import Settings, reload_merged, run
+from snell.bench.demo_data import CLASSES, Images, draw_few, load_domains
+from snell.bench.demo_methods import METHODS, RANK, new_vit, shown_layer, weight_change
+from snell.bench.demo_training import costs, num_trainable, train
 
 BY_NAME = {method.name: method for method in METHODS}
 

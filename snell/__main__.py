@@ -1,0 +1,17 @@
+"""``python -m snell`` and ``snell``: the command line, where its extra is installed."""
+
+import importlib.util
+import sys
+
+
+def main() -> None:
+    """Run the command line, or say in a sentence what it needs."""
+    if importlib.util.find_spec("click") is None:
+        sys.exit("snell's command line needs click: pip install 'snell[cli]'")
+    from snell.cli import main
+
+    main(prog_name="snell")
+
+
+if __name__ == "__main__":
+    main()
