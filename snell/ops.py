@@ -118,7 +118,13 @@ torch.library.register_autograd("snell::merge", _merge_backward, setup_context=_
 
 
 def _nothing_listens(lead: Tensor) -> bool:
-    """Whether the dispatcher would only hand a call on to its function: plain tensors, no mode, not compiled."""
+    """Whether the dispatcher would only hand a call on to its function: plain tensors, no mode, not compiled.
+
+    Raises:
+        NotImplementedError: under a transform of torch.func.
+    """
+    if torch._C._are_functorch_transforms_active():
+        raise NotImplementedError("snell does not work under torch.func (vmap, grad, jvp ...); use torch.autograd")
     return (
         type(lead) in (Tensor, Parameter)
         and not lead.is_meta

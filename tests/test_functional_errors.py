@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from snell import functional
+from snell import SnellLinear, functional
 
 PIECEWISE = {"kernel": "piecewise_linear", "groups": 2}
 
@@ -140,3 +140,17 @@ def test_integer_x_is_refused_under_autocast_too():
         functional.snell_linear(
             **{**good(), "x": torch.ones(4, 14, dtype=torch.long)}, sparsity=0.5, **PIECEWISE, gate="soft"
         )
+
+
+def test_transforms_of_torch_func_are_refused():
+    layer = SnellLinear(14, 9, rank=6)
+    x = torch.randn(4, 14)
+    parameters = dict(layer.named_parameters())
+    for transformed in (
+        lambda: torch.func.vmap(layer)(x),
+        lambda: torch.func.jvp(layer, (x,), (x,)),
+        lambda: torch.func.grad(lambda p: torch.func.functional_call(layer, p, (x,)).sum())(parameters),
+    ):
+        with pytest.raises(NotImplementedError, match=r"torch\.func .*torch\.autograd"):
+            transformed()
+    assert torch.func.functional_call(layer, parameters, (x,)).equal(layer(x))
