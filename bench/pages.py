@@ -23,6 +23,10 @@ REPORTS = {
     "demo": "demo",
     "peft-models-cpu": "models",
     "minilm": "minilm",
+    "resources": "resources",
+    "fit": "paper.fit",
+    "sparsify": "paper.sparsify",
+    "matrix-rank": "paper.matrix_rank",
 }
 
 

@@ -31,15 +31,12 @@ KERNELS = {
 }
 
 
-def compiled(what: str, arch: int) -> list[dict]:
+def run(*command: str | Path) -> str:
     """In a process of its own: this one may have the kernels as the interpreter's."""
-    worker = Path(__file__).with_name("resources.py")
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONWARNINGS": "ignore"}
-    run = subprocess.run(
-        [sys.executable, worker, what, str(arch)], capture_output=True, text=True, env=environment, check=False
-    )
-    assert run.returncode == 0, run.stderr
-    return [json.loads(line) for line in run.stdout.splitlines()]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def faults(found: dict) -> list[str]:
@@ -54,8 +51,9 @@ def faults(found: dict) -> list[str]:
 
 
 @pytest.mark.parametrize("arch", SHARED)
-def test_kernels_keep_to_registers_and_shared_memory(arch, capsys):
-    table = compiled("operations", arch)
+def test_kernels_keep_to_registers_and_shared_memory(arch, tmp_path, capsys):
+    run("-m", "snell", "bench", "resources", "--arch", str(arch), "--out", tmp_path)
+    table = json.loads((tmp_path / "resources.json").read_text())["kernels"]
     with capsys.disabled():
         print(f"\n{'sm_' + str(arch):20}{'settings':26}{'dtypes':36}{'warps':>6}{'regs':>6}{'shared':>8}{'stack':>6}")
         for row in table:
@@ -68,5 +66,5 @@ def test_kernels_keep_to_registers_and_shared_memory(arch, capsys):
 
 
 def test_a_kernel_that_spills_is_found():
-    (found,) = compiled("spilling", 90)
+    found = json.loads(run(Path(__file__).with_name("spilling.py")))
     assert [fault for fault in faults(found) if "spills" in fault]

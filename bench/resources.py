@@ -1,34 +1,31 @@
-"""Compiles kernels ahead of time, no GPU present, and reads what they need off the machine code.
+"""Registers, shared memory, stack and local bytes of every GPU kernel, compiled ahead of time: no GPU is needed.
 
 The host functions run as they are, on CPU tensors; only the launch is replaced, by a compilation for the
-specialisation that launch would have got: what is measured is what a GPU would run.
-
-``python tests/kernels/resources.py operations ARCH`` prints one JSON line a kernel.
+specialisation that launch would have got: what is read off the machine code is what a GPU would run.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-os.environ["TRITON_INTERPRET"] = "0"
-
+import click
 import torch
 import triton
 import triton.backends.nvidia
+from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from snell.bench.record import out_option, write
 from snell.kernels import factor_grad, few_tokens, launch, merge, selection
-from snell.kernels.table import TABLE, Row
+from snell.kernels.table import TABLE
 
 CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float64: "*fp64"}
@@ -83,7 +80,7 @@ def resources(kernel: Any, args: tuple, options: dict[str, Any], arch: int) -> d
 
 
 #: What this process has read already: a pass launches some kernels several times.
-_COMPILED: set[tuple[str, str]] = set()
+_COMPILED: set[tuple[str, str, int]] = set()
 
 
 def launches(function: Callable, *args: Any, arch: int, **kwargs: Any) -> Iterator[dict[str, Any]]:
@@ -100,7 +97,7 @@ def launches(function: Callable, *args: Any, arch: int, **kwargs: Any) -> Iterat
         function(*args, **kwargs)
     for kernel, kernel_args, options in found:
         source = specialised(kernel, kernel_args, {k: v for k, v in options.items() if k in kernel.arg_names})
-        key = (source.hash(), str(options))
+        key = (source.hash(), str(options), arch)
         if key not in _COMPILED:
             _COMPILED.add(key)
             yield resources(kernel, kernel_args, options, arch)
@@ -135,14 +132,46 @@ def operations(arch: int) -> Iterator[dict[str, Any]]:
             )
 
 
-def spilling(arch: int) -> Iterator[dict[str, Any]]:
-    """Merge on a tile of 128 entries a thread, which no register file holds."""
-    with mock.patch.dict(TABLE[arch], merge=Row(128, 128, 4)):
-        A, B, theta, tau = update_of(32, 2)
-        out = torch.zeros(B.shape[0], A.shape[0])
-        yield from launches(merge.merge_out, A, B, theta, tau, None, out, "piecewise_linear", 2, "soft", arch=arch)
+#: What the report shows of all that is compiled: the default kernel function on the usual weight.
+SHOWN = "piecewise_linear 32 2"
+
+
+def report(document: dict[str, Any]) -> str:
+    """The results file as Markdown: registers a thread and shared memory, with the most of each kernel's variants."""
+    rows = [row for row in document["kernels"] if row["settings"] == SHOWN or not row["settings"]]
+    arches = sorted({row["arch"] for row in rows})
+    columns = [f"sm_{arch}: registers, shared" for arch in arches]
+    lines = [f"| kernel | {' | '.join(columns)} |", "|---|" + "---|" * len(arches)]
+    for kernel in dict.fromkeys(row["kernel"] for row in rows):
+        cells = []
+        for arch in arches:
+            same = [row for row in rows if (row["kernel"], row["arch"]) == (kernel, arch)]
+            most = {key: max((row[key] for row in same), default=0) for key in ("registers", "shared")}
+            cells.append(f"{most['registers']}, {most['shared'] / 1024:.1f} KiB")
+        lines.append(f"| `{kernel}` | {' | '.join(cells)} |")
+    spilled = sum(row["stack"] + row["local"] for row in document["kernels"])
+    return (
+        "\n".join(lines)
+        + f"\n\n{len(document['kernels'])} kernels compiled by Triton {document['triton']}; "
+        + f"stack and local memory of all together: {spilled} bytes. `{document['command']}`."
+    )
+
+
+@click.command(help=__doc__)
+@click.option(
+    "--arch", type=click.Choice(list(map(str, TABLE))), multiple=True, help="May be repeated; all unless given."
+)
+@out_option
+def main(arch: tuple[str, ...], out: Path) -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise click.UsageError("with TRITON_INTERPRET=1 nothing is compiled: unset it")
+    kernels = []
+    for one in tqdm(list(map(int, arch)) or list(TABLE), unit="architecture"):
+        kernels += operations(one)
+    document = {"triton": triton.__version__, "kernels": kernels}
+    click.echo(report({"command": "snell bench resources", **document}))
+    write(out, "resources", document)
 
 
 if __name__ == "__main__":
-    for found in globals()[sys.argv[1]](int(sys.argv[2])):
-        print(json.dumps(found), flush=True)
+    main()
