@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 import warnings
 from ctypes import POINTER, Structure, byref, c_char_p, c_double, c_int, c_int32, c_int64, c_uint64, c_void_p
 from pathlib import Path
@@ -37,15 +38,19 @@ _NO_TOKENS = _Tokens()
 _NO_MATRIX = _Matrix()
 
 
-def _load() -> ctypes.CDLL | None:
-    try:
-        library = ctypes.CDLL(str(PATH))
-    except OSError as error:
-        reason = "was not built (no C++ compiler at installation?)" if not PATH.exists() else f"does not load: {error}"
-        warnings.warn(
-            f"snell's native library {reason}; layers on the CPU use the slower PyTorch backend", stacklevel=2
-        )
+def _truncated() -> str | None:
+    """What is missing of an ELF file's end. The loader maps such a file, and the process dies when it reads there."""
+    with PATH.open("rb") as file:
+        header = file.read(64)
+    if len(header) < 64 or header[:5] != b"\x7fELF\x02":
         return None
+    # The table of sections stands last: its offset, and the size and number of its entries.
+    (offset,), (size, count) = struct.unpack_from("<Q", header, 40), struct.unpack_from("<HH", header, 58)
+    held, whole = PATH.stat().st_size, offset + size * count
+    return f"{PATH} is truncated: it holds {held} of {whole} bytes" if held < whole else None
+
+
+def _declare(library: ctypes.CDLL) -> None:
     library.snell_isa.restype = c_char_p
     library.snell_merge.argtypes = [POINTER(_Update), POINTER(_Matrix), POINTER(_Matrix)]
     library.snell_select.argtypes = [POINTER(_Update), c_int64, c_void_p]
@@ -55,15 +60,37 @@ def _load() -> ctypes.CDLL | None:
     library.snell_factor_grad.argtypes = [POINTER(_Update), matrix, POINTER(_Tokens), matrix, matrix, *gradients]
     library.snell_fingerprint.argtypes = [c_int, POINTER(c_void_p), POINTER(c_int64), POINTER(c_uint64)]
     library.snell_fingerprint.restype = None
-    return library
 
 
-_library = _load()
+def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    """The library, or why there is none."""
+    if not PATH.exists():
+        return None, "was not built (no C++ compiler at installation?)"
+    try:
+        if truncated := _truncated():
+            return None, f"does not load: {truncated}"
+        library = ctypes.CDLL(str(PATH))
+        _declare(library)
+    except OSError as error:
+        return None, f"does not load: {error}"
+    except AttributeError as error:
+        return None, f"is not of this version: {error}"
+    return library, None
+
+
+_library, _problem = _load()
+if _problem:
+    warnings.warn(f"snell's native library {_problem}; layers on the CPU use the slower PyTorch backend", stacklevel=2)
 
 
 def available() -> bool:
     """Whether the native library is loaded."""
     return _library is not None
+
+
+def problem() -> str | None:
+    """Why the native library is not loaded, as the end of a sentence that begins with its name; None where it is."""
+    return _problem
 
 
 def instruction_set() -> str | None:

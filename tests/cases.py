@@ -8,8 +8,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from error_bounds import Update
 from snell import functional
+from snell.error_bounds import Update
 from snell.spec import GATES, KERNEL_FUNCTIONS, Spec
 
 KERNELS = tuple(KERNEL_FUNCTIONS)

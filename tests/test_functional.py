@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cases import GATES_THAT_COMPETE, KERNELS, LAYOUTS, cases, laid_out
-from error_bounds import Update, assert_within, growth, rounded
-from snell import functional, reference
+from snell import error_bounds, functional, reference
+from snell.error_bounds import assert_within
 from snell.spec import GATES, Spec
 
 PIECEWISE = {"kernel": "piecewise_linear", "groups": 2}
@@ -20,31 +20,6 @@ def draw(m=9, n=14, rank=6, kernel="piecewise_linear", dtype=torch.float32, **op
     theta = torch.tensor(Spec(rank, 0.5, kernel, 2).initial_theta(0.3), dtype=dtype)
     theta *= 1 + 0.2 * torch.rand(theta.shape)
     return [t.requires_grad_() for t in (torch.randn(n, rank, dtype=dtype), torch.randn(m, rank, dtype=dtype), theta)]
-
-
-def layer_bounds(update: Update, x, weight, bias, grad_y) -> dict:
-    """y and the gradients of the layer in float64, with their bounds: those of its GEMMs around the update's."""
-    dtype, eps = x.dtype, torch.finfo(x.dtype).eps
-    (m, n), tokens = weight.shape, x.numel() // x.shape[-1]
-    x, grad_y = x.double().reshape(-1, n), grad_y.double().reshape(-1, m)
-    merged, merged_error = update.merged(weight, dtype)
-    # A product of half-precision matrices is accumulated in float32 and rounded once.
-    single = max(update.eps, torch.finfo(torch.float32).eps) if eps > 1e-6 else eps
-
-    def product(left, right, right_error, terms):
-        return left @ right, left.abs() @ right_error + growth(terms) * single * (left.abs() @ right.abs())
-
-    y, y_error = product(x, merged.T, merged_error.T, n)
-    if bias is not None:
-        y, y_error = y + bias.double(), y_error + single * (y.abs() + bias.double().abs())
-    grad_x, grad_x_error = product(grad_y, merged, merged_error, m)
-    G, G_error = product(grad_y.T, x, torch.zeros_like(x), tokens)
-    G_error = rounded(G, G_error, dtype)
-    return {
-        "y": (y, rounded(y, y_error, dtype)),
-        "grad_x": (grad_x, rounded(grad_x, grad_x_error, dtype)),
-        **update.gradients(G, G_error),
-    }
 
 
 def test_the_layer_matches_the_reference(backend, small):
@@ -69,7 +44,7 @@ def test_the_layer_matches_the_reference(backend, small):
         assert y.shape == (*batch, case.m)
         assert y.dtype == dtype
         y.backward(grad_y)
-        bounds = layer_bounds(case.update(), x.detach(), weight, bias, grad_y)
+        bounds = error_bounds.layer(case.update(), x.detach(), weight, bias, grad_y)
         for name, (value, bound) in bounds.items():
             tensor = {"y": y, "grad_x": x.grad, "grad_A": A.grad, "grad_B": B.grad, "grad_theta": theta.grad}[name]
             assert_within(tensor.detach(), value.view_as(tensor), bound.view_as(tensor), name)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -82,6 +83,39 @@ print("works")
 """)
     assert done.stdout.strip() == "works", done.stderr
     assert done.stderr.count("snell's native library") == 1
+
+
+@pytest.mark.skipif(not native.available(), reason="the native library was not built")
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
+def test_a_library_cut_short_is_refused_before_it_kills_the_process(tmp_path, monkeypatch, share: float) -> None:
+    whole = native.PATH.read_bytes()
+    cut = tmp_path / "_native.so"
+    cut.write_bytes(whole[: int(share * len(whole))])
+    monkeypatch.setattr(native, "PATH", cut)
+    library, problem = native._load()
+    assert library is None
+    expected = f"does not load: {cut}: file too short" if share == 0 else f"it holds {cut.stat().st_size} of"
+    assert expected in problem
+    cut.write_bytes(whole)
+    assert native._load()[1] is None
+
+
+def test_a_library_of_another_version_is_refused(tmp_path, monkeypatch) -> None:
+    other = _library_of_the_system()
+    monkeypatch.setattr(native, "PATH", other)
+    library, problem = native._load()
+    assert library is None
+    assert problem.startswith("is not of this version")
+    assert "snell_isa" in problem
+
+
+def _library_of_the_system() -> Path:
+    """Any shared library that is not ours: one that this process has mapped."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("no list of loaded libraries here")
+    paths = (line.split()[-1] for line in maps.read_text().splitlines())
+    return next(Path(path) for path in paths if path.rsplit("/", 1)[-1].startswith("libc.so"))
 
 
 @pytest.mark.skipif(not native.available(), reason="the native library was not built")

@@ -14,8 +14,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from cases import cases
-from error_bounds import Update
 from snell import SnellLinear, functional
+from snell.error_bounds import TF32_ERROR, Update
 
 pytestmark = pytest.mark.gpu
 
@@ -37,10 +37,8 @@ def _tensors_on_the_gpu(monkeypatch):
     exact_gradients = Update.gradients
 
     def gradients(self, G, G_error=0.0):
-        # With a half-precision G the products are tf32 products: two roundings of 2^-11, or 2^-10 where bits
-        # are cut off, as if G had come with an error of 2^-9.
         half = G.element_size() == 2
-        return exact_gradients(self, G, G_error + 2**-9 * G.double().abs() if half else G_error)
+        return exact_gradients(self, G, G_error + TF32_ERROR * G.double().abs() if half else G_error)
 
     def of_one_rank(small, *gates):
         # Every rank, group and kernel function is code of its own: one rank, or the compiler takes the hour.

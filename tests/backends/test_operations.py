@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cases import GATES_THAT_COMPETE, KERNELS, LAYOUTS, WEIGHT_DTYPES, Case, cases, laid_out
-from error_bounds import Update, assert_within
 from snell import backends, functional
+from snell.error_bounds import Update, assert_within
 from snell.spec import GATES, Spec, num_zeroed
 
 ops = torch.ops.snell
