@@ -81,6 +81,11 @@ SLAB_TOKENS = 512
 SLAB_BYTES = 16 * 2**20
 
 
+def num_slabs(tokens: int, m: int, n: int, element_size: int) -> int:
+    """In how many sweeps over the entries :func:`factor_grad_of_tokens` takes the tokens."""
+    return -(-tokens // max(min(SLAB_TOKENS, SLAB_BYTES // ((m + n) * element_size)), 1))
+
+
 def factor_grad_of_tokens(
     grad_y: Tensor,
     x: Tensor,
@@ -106,7 +111,7 @@ def factor_grad_of_tokens(
     A, B, theta = A.contiguous(), B.contiguous(), theta.contiguous()
     if native.density(A, B, theta, tau, kernel, groups, gate, SAMPLES) > FEW_SURVIVORS:
         return False
-    slabs = -(-tokens // max(min(SLAB_TOKENS, SLAB_BYTES // ((m + n) * A.element_size())), 1))
+    slabs = num_slabs(tokens, m, n, A.element_size())
     # The gradients are linear in G, and G is a sum over tokens: a slab at a time bounds the transposed copies.
     for dy, some_x in zip(grad_y.tensor_split(slabs), x.tensor_split(slabs), strict=True):
         dy, some_x = dy.t().contiguous(), some_x.t().contiguous()
