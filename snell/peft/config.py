@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from peft.config import PeftConfig
+from peft.utils.other import get_pattern_key
 
 from snell.peft.kind import SNELL
 from snell.spec import Spec
@@ -124,3 +126,13 @@ class SnellConfig(PeftConfig):
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
             raise ValueError(f"r must be an int of at least 1; got {rank!r}")
         return Spec(rank, sparsity, self.kernel, self.groups, self.gate)
+
+    def spec_of(self, module: str) -> Spec:
+        """The make-up of the update of the module of this name, by the patterns."""
+        return self.spec(
+            _by_pattern(self.rank_pattern, module, self.r), _by_pattern(self.sparsity_pattern, module, self.sparsity)
+        )
+
+
+def _by_pattern(pattern: dict[str, Any], module: str, default: Any) -> Any:
+    return pattern.get(get_pattern_key(list(pattern), module), default)

@@ -10,7 +10,7 @@ from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -50,10 +50,7 @@ class SnellModel(BaseTuner):
         current_key: str,
         **_: Any,
     ) -> None:
-        spec = config.spec(
-            _by_pattern(config.rank_pattern, current_key, config.r),
-            _by_pattern(config.sparsity_pattern, current_key, config.sparsity),
-        )
+        spec = config.spec_of(current_key)
         if isinstance(target, AdaptedLinear):
             target.update_layer(adapter_name, spec, config)
             return
@@ -105,10 +102,6 @@ class SnellModel(BaseTuner):
         finally:
             for handle in handles:
                 handle.remove()
-
-
-def _by_pattern(pattern: dict[str, Any], key: str, default: Any) -> Any:
-    return pattern.get(get_pattern_key(list(pattern), key), default)
 
 
 def _quantisation(model: nn.Module) -> dict[str, Any]:
