@@ -63,7 +63,7 @@ class Transfer:
     def few(self, seed: int) -> Images:
         return draw_few(self.domains.target_pool, self.settings.labels_per_class, seed)
 
-    def _tuned(self, method: Method, lr: float, seed: int) -> nn.Module:
+    def tuned(self, method: Method, lr: float, seed: int) -> nn.Module:
         """The network tuned by ``method``; the seed decides labels, batches, new head and factors."""
         self.bar.set_description(f"{method.name}, rate {lr:g}, seed {seed}")
         torch.manual_seed(seed)
@@ -74,7 +74,7 @@ class Transfer:
     def evaluate(self, method: Method) -> tuple[Result, nn.Module]:
         """The method's row but for its costs, and its model of the first seed at the rate that validation chose."""
         validation, test = self.domains.target_validation, self.domains.target_test
-        models = {lr: [self._tuned(method, lr, seed) for seed in self.settings.seeds] for lr in method.learning_rates}
+        models = {lr: [self.tuned(method, lr, seed) for seed in self.settings.seeds] for lr in method.learning_rates}
         trials = {lr: fmean(accuracy(model, validation) for model in tuned) for lr, tuned in models.items()}
         best = max(trials, key=trials.__getitem__)
         return Result(method.name, trials, best, [accuracy(model, test) for model in models[best]]), models[best][0]
