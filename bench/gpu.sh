@@ -13,4 +13,4 @@ timeout 200 python -m pytest --no-header -m gpu tests/backends/test_on_gpu.py | 
 for operation in merge select factor-grad generate; do
     timeout 35 snell bench "$operation" --out "$out" | tee "$out/$operation.txt"
 done
-timeout 130 snell bench layer --device cuda --seconds 6 --out "$out" | tee "$out/layer.txt"
+timeout 140 snell bench layer --device cuda --seconds 4 --out "$out" | tee "$out/layer.txt"

@@ -5,17 +5,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import PeftModel
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from snell import SnellLinear, memo
-
-RANK, SPARSITY, GROUPS, SCALE = 32, 0.9, 2, 0.1
+from snell import memo
+from snell.bench.footprint import num_trained, optimizer_bytes, start, trained
+from snell.bench.methods import METHODS, RANK
 
 
 @dataclass(frozen=True)
@@ -32,49 +30,10 @@ class Case:
         return f"{self.in_features} x {self.out_features}, {self.tokens}"
 
 
-class Published(nn.Module):
-    """The published algorithm, written plainly: cdist, quantile, float(threshold), merge under checkpointing."""
-
-    def __init__(self, base: nn.Linear) -> None:
-        super().__init__()
-        self.base = base.requires_grad_(False)
-        options = {"device": base.weight.device}
-        self.A = nn.Parameter(torch.empty(base.in_features, RANK, **options))
-        self.B = nn.Parameter(torch.empty(base.out_features, RANK, **options))
-        for factor in (self.A, self.B):
-            bound = (factor.numel() / GROUPS) ** -0.5
-            nn.init.uniform_(factor, -bound, bound)
-
-    def _merge(self, A: Tensor, B: Tensor) -> Tensor:
-        pairs = zip(A.chunk(GROUPS, 1), B.chunk(GROUPS, 1), strict=True)
-        K = sum((-1) ** p * SCALE * torch.cdist(b, a) for p, (a, b) in enumerate(pairs))
-        magnitude = K.detach().abs()
-        threshold = float(torch.quantile(magnitude, SPARSITY))
-        return K * torch.where(magnitude > threshold, magnitude, 0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        delta = checkpoint(self._merge, self.A, self.B, use_reentrant=False)
-        return nn.functional.linear(x, self.base.weight + delta.to(x.dtype), self.base.bias)
-
-
-class _Wrapped(nn.Module):
+class _OneLayer(nn.Module):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.linear = linear
-
-
-def _lora(base: nn.Linear) -> nn.Module:
-    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["linear"])
-    # LoRA's fastest form: factors in the base's dtype. By default PEFT keeps them in float32 and converts x twice.
-    model = get_peft_model(_Wrapped(base), config, autocast_adapter_dtype=False)
-    return model.base_model.model.linear
-
-
-def _snell(base: nn.Linear) -> nn.Module:
-    return SnellLinear.from_linear(base, rank=RANK, sparsity=SPARSITY, groups=GROUPS, scale=SCALE)
-
-
-LAYERS: dict[str, Callable[[nn.Linear], nn.Module]] = {"snell": _snell, "lora": _lora, "published": Published}
 
 
 class Contender:
@@ -83,8 +42,10 @@ class Contender:
     def __init__(self, method: str, case: Case, x: Tensor, grad_y: Tensor) -> None:
         options = {"device": case.device, "dtype": case.dtype}
         self.x, self.grad_y = x, grad_y
-        self.layer = LAYERS[method](nn.Linear(case.in_features, case.out_features, **options))
-        self.inputs = (x, *(p for p in self.layer.parameters() if p.requires_grad))
+        model = METHODS[method].adapt(_OneLayer(nn.Linear(case.in_features, case.out_features, **options)), RANK)
+        # The layer alone: a model's own wrapper is no part of what is measured.
+        self.layer = (model.get_base_model() if isinstance(model, PeftModel) else model).linear
+        self.inputs = (x, *trained(self.layer))
 
     def forward(self) -> Tensor:
         return self.layer(self.x)
@@ -92,6 +53,12 @@ class Contender:
     def step(self) -> None:
         memo.clear()  # a training step's factors are new, so its threshold is selected anew
         torch.autograd.grad(self.forward(), self.inputs, self.grad_y)
+
+    def trains(self) -> dict[str, int]:
+        """How many numbers are trained, and the bytes of AdamW's state for them after a step."""
+        state = optimizer_bytes(start(torch.optim.AdamW(trained(self.layer), lr=0.0)))
+        self.layer.zero_grad()
+        return {"trainable": num_trained(self.layer), "optimizer_bytes": state}
 
 
 class Floor:

@@ -14,6 +14,9 @@ from torch import Tensor
 
 Step = Callable[[], object]
 
+#: See :func:`is_slow`.
+SLOW = 3
+
 _STATUS = Path("/proc/self/status")
 
 
@@ -35,20 +38,38 @@ def interleaved(steps: Sequence[Step], device: str, repetitions: int, tick: Call
     """Seconds of each step's repetitions. The steps take turns, so that the machine's moods hit all alike."""
     for step in steps:
         step()
+    return take_turns(steps, device, [repetitions] * len(steps), tick)
+
+
+def take_turns(
+    steps: Sequence[Step], device: str, repetitions: Sequence[int], tick: Callable[[], object]
+) -> list[list[float]]:
+    """Seconds of each step's repetitions, in rounds; one with fewer repetitions than others sits the last rounds out.
+
+    Every step has run before.
+    """
     seconds: list[list[float]] = [[] for _ in steps]
-    for _ in range(repetitions):
-        for step, taken in zip(steps, seconds, strict=True):
-            taken.append(seconds_of(step, device))
+    for turn in range(max(repetitions)):
+        for step, taken, count in zip(steps, seconds, repetitions, strict=True):
+            if turn < count:
+                taken.append(seconds_of(step, device))
         tick()
     return seconds
 
 
+def is_slow(seconds: Sequence[float]) -> list[bool]:
+    """Which steps take so much longer than the middle one that equal turns would be spent on them alone."""
+    return [taken > SLOW * statistics.median(seconds) for taken in seconds]
+
+
 def median_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:
-    """The median over repetitions of the ratio within a repetition: both sides saw the same machine."""
-    return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
+    """The median ratio within a round, over the rounds of :func:`take_turns` that both were in: both sides saw the
+    same machine."""
+    return statistics.median(a / b for a, b in zip(numerator, denominator, strict=False))
 
 
-def _status_kib(field: str) -> int:
+def status_kib(field: str) -> int:
+    """A field of this process's status in KiB, such as ``VmRSS``, the resident set; Linux alone has it."""
     return next(int(line.split()[1]) for line in _STATUS.read_text().splitlines() if line.startswith(field))
 
 
@@ -70,9 +91,17 @@ def extra_peak_bytes(step: Step, device: str) -> int | None:
     # Free memory that the C library holds back would be used again without showing.
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
-    resident = _status_kib("VmRSS")
+    resident = status_kib("VmRSS")
     step()
-    return (_status_kib("VmHWM") - resident) * 1024
+    return (status_kib("VmHWM") - resident) * 1024
+
+
+def give_freed_memory_back() -> None:
+    """From now on the C library returns what is freed to the system at once, so that the resident set shows what is
+    in use and not what blocks of earlier sizes have left between them. Slow: not where time is measured."""
+    if _STATUS.exists():
+        mmap_threshold = -3  # malloc.h
+        ctypes.CDLL(None).mallopt(mmap_threshold, 2**16)
 
 
 def saved_bytes(forward: Callable[[], Tensor], held: Iterable[Tensor]) -> int:
@@ -82,7 +111,8 @@ def saved_bytes(forward: Callable[[], Tensor], held: Iterable[Tensor]) -> int:
     saved: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
-        saved.append(tensor)
+        # A sparse tensor has no storage of its own.
+        saved.extend([tensor._indices(), tensor._values()] if tensor.is_sparse else [tensor])
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

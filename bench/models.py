@@ -1,110 +1,125 @@
-"""A whole training step with SNELL beside PEFT's LoRA, on a small Llama and a small ViT.
+"""A whole training step of transformers models: SNELL beside its peers and the published algorithm.
 
-    snell bench models [--device cuda]
+    snell bench models [--device cuda] [--model vit-b] [--rank 8]
 
-Both tuners adapt every linear layer of the same random model at the same rank; a step is forward, backward and
-the optimizer's update. Ratios are SNELL to LoRA within one run, the steps taking turns; peak memory is over what
-the model and the optimizer hold, and saved bytes are what autograd keeps between forward and backward.
+ViT-B/16, BERT-base and a Llama shape scaled to the machine, with random weights. Every method adapts the same
+linear layers, all but the output's, at the same rank; full fine-tuning trains all weights. A step is forward,
+backward and AdamW's update. Ratios are to PEFT's LoRA within one round of steps that take turns. Extra memory is a
+step's peak over what model and optimizer hold, saved bytes are what autograd keeps between forward and backward.
 """
 
 from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
-import transformers as tf
-from peft import LoraConfig, PeftModel, get_peft_model
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from snell.bench.measure import extra_peak_bytes, interleaved, median_ratio, saved_bytes
+from snell.bench.bars import grouped_bars
+from snell.bench.footprint import size
+from snell.bench.measure import extra_peak_bytes, is_slow, median_ratio, seconds_of, take_turns
+from snell.bench.methods import METHODS, RANK, SPARSITY, quiet_libraries
+from snell.bench.paper.shown import markdown
 from snell.bench.record import device_option, made_by, out_option, write
-from snell.peft import SnellConfig
+from snell.bench.tuned import Tuned
+from snell.bench.workloads import MODELS, Workload
 
-RANK = 32
-
-Batch = dict[str, torch.Tensor]
-
-
-def llama() -> tuple[tf.PreTrainedModel, Batch, str]:
-    """4 layers of width 512, 2 x 256 tokens."""
-    sizes = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 4, "num_attention_heads": 8}
-    tokens = torch.randint(1000, (2, 256))
-    model = tf.LlamaForCausalLM(tf.LlamaConfig(vocab_size=1000, **sizes))
-    return model, {"input_ids": tokens, "labels": tokens}, "Llama, 4 x 512, 512 tokens"
+#: Timed steps of a method that takes several times as long as the others.
+SLOW_REPETITIONS = 2
 
 
-def vit() -> tuple[tf.PreTrainedModel, Batch, str]:
-    """6 layers of width 384 on 4 images of 197 patches."""
-    sizes = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 6}
-    model = tf.ViTForImageClassification(tf.ViTConfig(num_labels=10, **sizes))
-    return (
-        model,
-        {"pixel_values": torch.randn(4, 3, 224, 224), "labels": torch.randint(10, (4,))},
-        ("ViT, 6 x 384, 4 images"),
-    )
-
-
-CONFIGS = {
-    "snell": lambda: SnellConfig(r=RANK, target_modules="all-linear"),
-    "lora": lambda: LoraConfig(r=RANK, target_modules="all-linear"),
-}
-
-
-def _step(model: PeftModel, batch: Batch) -> Callable[[], float]:
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-
-    def step() -> float:
-        loss = model(**batch).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.item()
-
-    return step
-
-
-def measure(
-    build: Callable[[], tuple[tf.PreTrainedModel, Batch, str]], device: str, repetitions: int
-) -> dict[str, Any]:
-    """One model's figures."""
+def measure(build: Callable[[str], Workload], device: str, rank: int, repetitions: int) -> dict[str, Any]:
+    """One model's figures by method; a method that raises is recorded with its error."""
     torch.manual_seed(0)
-    base, batch, name = build()
-    batch = {key: value.to(device) for key, value in batch.items()}
-    models = {key: get_peft_model(copy.deepcopy(base), make()).to(device).train() for key, make in CONFIGS.items()}
-    steps = {key: _step(model, batch) for key, model in models.items()}
-    with tqdm(total=repetitions, desc=name) as bar:
-        times = dict(zip(steps, interleaved(list(steps.values()), device, repetitions, bar.update), strict=True))
-    peak = {key: extra_peak_bytes(step, device) for key, step in steps.items()}
-    saved = {key: saved_bytes(lambda m=model: m(**batch).loss, model.parameters()) for key, model in models.items()}
-    return {
-        "model": name,
-        "seconds": {key: statistics.median(seconds) for key, seconds in times.items()},
-        "step_ratio": median_ratio(times["snell"], times["lora"]),
-        "peak_bytes": peak,
-        "saved_bytes": saved,
-        "trainable": {key: sum(p.numel() for p in m.parameters() if p.requires_grad) for key, m in models.items()},
-    }
+    name, model, batch = build(device)
+    result: dict[str, Any] = {"model": name, "methods": {}}
+    steps, first = {}, []
+    with tqdm(total=len(METHODS) + repetitions, desc=name, unit="round") as bar:
+        for method in METHODS:
+            bar.set_postfix_str(f"memory: {method}")
+            try:
+                tuned = Tuned(method, copy.deepcopy(model), batch, rank)
+                held, taken = tuned.held(), []
+                peak = extra_peak_bytes(
+                    lambda step=tuned.step, taken=taken: taken.append(seconds_of(step, device)), device
+                )
+            except (RuntimeError, ValueError) as error:
+                result["methods"][method] = {"error": str(error).splitlines()[0]}
+            else:
+                result["methods"][method] = held | {"extra_peak_bytes": peak}
+                steps[method] = tuned.step
+                first += taken
+            bar.update()
+        bar.set_postfix_str("time")
+        counts = [min(repetitions, SLOW_REPETITIONS) if slow else repetitions for slow in is_slow(first)]
+        seconds = dict(zip(steps, take_turns(list(steps.values()), device, counts, bar.update), strict=True))
+    for method, taken in seconds.items():
+        result["methods"][method] |= {
+            "seconds": statistics.median(taken),
+            "repetitions": len(taken),
+            "ratio_to_lora": median_ratio(taken, seconds["lora"]),
+        }
+    return result
+
+
+def training_bytes(entry: dict[str, Any]) -> int | None:
+    """All memory of a training step: model, optimizer state and extra peak; None where there is no figure."""
+    if entry.get("extra_peak_bytes") is None:
+        return None
+    return entry["model_bytes"] + entry["optimizer_bytes"] + entry["extra_peak_bytes"]
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """A Markdown table, one row a model."""
-    rows = [
-        "| model | step, LoRA | step, SNELL | SNELL / LoRA | extra peak / LoRA's | saved for backward / LoRA's |",
-        "|---|---|---|---|---|---|",
-    ]
+    """A Markdown table, one row a model and method."""
+    columns = ("model", "method", "step", "of LoRA's", "all memory, of LoRA's", "extra memory", "saved for backward")
+    columns += ("trainable", "optimizer state")
+    rows = []
     for result in results:
-        seconds, peak, saved = result["seconds"], result["peak_bytes"], result["saved_bytes"]
-        memory = "-" if None in peak.values() else f"{peak['snell'] / peak['lora']:.2f}"
-        rows.append(
-            f"| {result['model']} | {seconds['lora'] * 1e3:.0f} ms | {seconds['snell'] * 1e3:.0f} ms "
-            f"| {result['step_ratio']:.2f} | {memory} | {saved['snell'] / saved['lora']:.2f} |"
-        )
-    return "\n".join(rows)
+        lora = training_bytes(result["methods"]["lora"])
+        for method, entry in result["methods"].items():
+            row = [result["model"], METHODS[method].label]
+            if "error" in entry:
+                rows.append([*row, f"**raises** {entry['error']}", *("" for _ in columns[3:])])
+                continue
+            total = training_bytes(entry)
+            row += [f"{entry['seconds']:.3g} s", f"{entry['ratio_to_lora']:.2f}"]
+            row += (
+                ["-", "-"]
+                if total is None or lora is None
+                else [f"{total / lora:.2f}", size(entry["extra_peak_bytes"])]
+            )
+            rows.append([*row, size(entry["saved_bytes"]), f"{entry['trainable']:,}", size(entry["optimizer_bytes"])])
+    return markdown(columns, rows)
+
+
+def draw(path: Path, results: list[dict[str, Any]]) -> None:
+    """Step time and memory relative to LoRA, by model and method."""
+    figure = Figure(figsize=(13, 5.2), layout="constrained")
+    names = [result["model"].replace(", ", "\n", 1) for result in results]
+    labels = ("training step, multiple of LoRA's time", "model, optimizer state and step, multiple of LoRA's memory")
+    figures = (
+        lambda entry: entry.get("ratio_to_lora"),
+        training_bytes,
+    )
+    panels = figure.subplots(1, 2)
+    for axes, label, figure_of in zip(panels, labels, figures, strict=True):
+        heights: dict[str, list[float | None]] = {method: [] for method in METHODS}
+        for result in results:
+            lora = figure_of(result["methods"]["lora"])
+            for method, entry in result["methods"].items():
+                found = figure_of(entry)
+                heights[method].append(None if found is None or lora is None else found / lora)
+        grouped_bars(axes, names, heights, label)
+        axes.axhline(1, color="black", linewidth=0.8)
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper center", ncols=len(METHODS), frameon=False)
+    figure.savefig(path, dpi=130)
 
 
 def report(document: dict[str, Any]) -> str:
@@ -112,15 +127,28 @@ def report(document: dict[str, Any]) -> str:
     return f"{table(document['models'])}\n\n{made_by(document)}"
 
 
+def run(
+    builds: Sequence[Callable[[str], Workload]], device: str, rank: int, repetitions: int, out: Path, benchmark: str
+) -> list[dict[str, Any]]:
+    """Measure the models; the table is printed, results and picture go to ``out`` under the benchmark's name."""
+    quiet_libraries()
+    results = [measure(build, device, rank, repetitions) for build in builds]
+    click.echo(table(results))
+    settings = {"rank": rank, "sparsity": SPARSITY}
+    document = {"settings": settings, "models": results}
+    path = write(out, f"{benchmark}-{device}", document, benchmark=benchmark, device=device)
+    draw(path.with_suffix(".png"), results)
+    return results
+
+
 @click.command(help=__doc__)
 @device_option
-@click.option("--repetitions", type=int, default=9, show_default=True, help="Timed steps of each.")
+@click.option("--model", type=click.Choice(list(MODELS)), multiple=True, help="May be repeated; all unless given.")
+@click.option("--rank", type=int, default=RANK, show_default=True, help="Columns of the factors.")
+@click.option("--repetitions", type=int, default=5, show_default=True, help="Timed steps of each, fewer of slow ones.")
 @out_option
-def main(device: str, repetitions: int, out: Path) -> None:
-    results = [measure(build, device, repetitions) for build in (llama, vit)]
-    click.echo(table(results))
-    settings = {"rank": RANK, "sparsity": SnellConfig().sparsity}
-    write(out, f"peft-models-{device}", {"settings": settings, "models": results}, benchmark="models", device=device)
+def main(device: str, model: tuple[str, ...], rank: int, repetitions: int, out: Path) -> None:
+    run([MODELS[name] for name in model or MODELS], device, rank, repetitions, out, "models")
 
 
 if __name__ == "__main__":

@@ -23,10 +23,11 @@ BENCHMARKS = {
     "Layers and models": {
         "layer": ("snell.bench.layer", "One layer's forward and backward beside the floor and every peer."),
         "models": ("snell.bench.models", "A whole training step through PEFT beside every peer."),
+        "operations": ("snell.bench.operations", "What a layer's operations take on a CPU, beside their floors."),
         "growth": ("snell.bench.growth", "How time and memory grow, beside the cost model."),
         "steps": ("snell.bench.paper.steps", "The paper's Table A14: a step's time relative to LoRA-8 on ViT-B/16."),
-    "memory": ("snell.bench.paper.memory", "The paper's Table A12: memory while ViT-B, L and H train."),
-    "minilm": ("snell.bench.minilm", "A real checkpoint on real text: SNELL, LoRA, linear probe."),
+        "memory": ("snell.bench.paper.memory", "The paper's Table A12: memory while ViT-B, L and H train."),
+        "minilm": ("snell.bench.minilm", "A real checkpoint on real text: SNELL, LoRA, linear probe."),
     },
     "The paper's experiments": {
         "gates": ("snell.bench.paper.gates", "Accuracy by gate, scale, sparsity and learning rate, beside LoRA's."),
@@ -38,7 +39,8 @@ BENCHMARKS = {
         "matrix-rank": ("snell.bench.paper.matrix_rank", "The rank of the merged update by kernel function."),
     },
     "Operations on a GPU": {
-        "merge": ("snell.bench.merge", "Writing W0 + dW beside a copy."),
+        "soak": ("snell.bench.soak", "Training under random adapter events and under kill -9, beside quiet training."),
+    "merge": ("snell.bench.merge", "Writing W0 + dW beside a copy."),
         "select": ("snell.bench.select", "Selecting thresholds, layer by layer and a whole model at once."),
         "factor-grad": ("snell.bench.factor_grad", "The factors' gradients beside a copy."),
         "generate": ("snell.bench.generate", "Few tokens through an unmerged layer."),

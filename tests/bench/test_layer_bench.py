@@ -1,41 +1,60 @@
 """The layer benchmark measures what it says, and the README repeats what was measured."""
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from snell import functional
-from snell.bench.layer import repetitions_within, run_case, table
-from snell.bench.layer_methods import GROUPS, LAYERS, SCALE, SPARSITY, Case, Published
-from snell.bench.measure import extra_peak_bytes, median_ratio, saved_bytes
+from snell.bench.layer import repetitions_of_each, repetitions_within, run
+from snell.bench.layer_methods import Case
+from snell.bench.layer_report import peer_tables, table
+from snell.bench.measure import extra_peak_bytes, is_slow, median_ratio, saved_bytes, take_turns
+from snell.bench.methods import GROUPS, METHODS, RANK, SCALE, SPARSITY, Method, Published
 from snell.bench.pages import pages, rendered
 
 
-def test_a_case_reports_every_method() -> None:
-    result = run_case(Case(96, 64, 24, torch.float32, "cpu"), budget=0.01, tick=lambda: None)
-    assert set(result["methods"]) == {"floor", *LAYERS}
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    out = tmp_path_factory.mktemp("layer")
+    run([Case(96, 64, 24, torch.float32, "cpu")], 0.01, out)
+    assert (out / "layer-cpu.png").stat().st_size > 10_000
+    return json.loads((out / "layer-cpu.json").read_text())["cases"][0]
+
+
+def test_a_case_reports_every_method(result: dict) -> None:
+    assert set(result["methods"]) == {"floor", *METHODS}
     assert all(entry["seconds"] > 0 for entry in result["methods"].values())
     assert result["methods"]["floor"]["ratio_to_floor"] == 1
+    assert result["methods"]["lora"]["ratio_to_lora"] == 1
     # SNELL keeps tau and nothing else beside its inputs; the published merge keeps matrices.
     assert result["methods"]["snell"]["saved_bytes_beyond_x"] <= 64
     assert result["methods"]["published"]["saved_bytes_beyond_x"] >= 96 * 64 * 4
     assert len(table([result]).splitlines()) == 3
 
 
-def test_a_method_that_raises_is_reported_and_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Refuses(nn.Module):
-        def __init__(self, base: nn.Linear) -> None:
-            super().__init__()
+def test_every_low_rank_method_and_shira_train_as_many_numbers(result: dict) -> None:
+    for method in ("snell", "lora", "shira", "published"):
+        assert result["methods"][method]["trainable"] == RANK * (96 + 64)
+        # AdamW: two moments of each, in float32, and the count of steps of each tensor.
+        assert 0 < result["methods"][method]["optimizer_bytes"] - 2 * 4 * RANK * (96 + 64) <= 4 * 2
+    assert result["methods"]["dora"]["trainable"] == RANK * (96 + 64) + 64
+    assert result["methods"]["full"]["trainable"] == 96 * 64 + 64
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            raise RuntimeError("quantile() input tensor is too large")
 
-    monkeypatch.setitem(LAYERS, "published", Refuses)
-    result = run_case(Case(32, 32, 4, torch.float32, "cpu"), budget=0.01, tick=lambda: None)
+def test_a_method_that_raises_is_reported_and_not_hidden(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refuse(model: nn.Module, rank: int) -> nn.Module:
+        raise RuntimeError("quantile() input tensor is too large")
+
+    monkeypatch.setitem(METHODS, "published", Method("published SNELL", "#b0b7bf", refuse))
+    run([Case(64, 64, 4, torch.float32, "cpu")], 0.01, tmp_path)
+    (result,) = json.loads((tmp_path / "layer-cpu.json").read_text())["cases"]
     assert result["methods"]["published"] == {"error": "quantile() input tensor is too large"}
     assert "**raises**" in table([result])
+    assert "**raises**" in peer_tables([result])
 
 
 def test_the_published_algorithm_is_the_magnitude_gate() -> None:
@@ -54,6 +73,9 @@ def test_saved_bytes_counts_each_storage_once_and_leaves_out_what_is_held() -> N
     x, weight = torch.randn(10, 20, requires_grad=True), torch.randn(20, 20, requires_grad=True)
     assert saved_bytes(lambda: (x @ weight).exp(), [x, weight]) == 10 * 20 * 4
     assert saved_bytes(lambda: x * x, []) == 10 * 20 * 4
+    # A sparse tensor is its indices, two int64 an entry here, and its values.
+    sparse = torch.eye(20).to_sparse_coo()
+    assert saved_bytes(lambda: torch.sparse.mm(sparse, weight), [weight]) == 20 * (2 * 8 + 4)
 
 
 def test_extra_peak_sees_an_allocation_that_is_gone_at_the_end() -> None:
@@ -67,6 +89,21 @@ def test_repetitions_are_odd_and_within_bounds() -> None:
     assert repetitions_within(1.0, 1e-9) % 2 == 1
     assert repetitions_within(1.0, 100.0) == 7
     assert median_ratio([2.0, 9.0, 4.0], [1.0, 3.0, 4.0]) == 2.0
+
+
+def test_slow_methods_have_fewer_turns_and_the_others_equal_ones() -> None:
+    assert repetitions_of_each(20.0, [0.1, 0.1, 0.2, 5.0]) == [13, 13, 13, 3]
+    assert is_slow([0.1, 0.1, 0.2, 5.0]) == [False, False, False, True]
+
+
+def test_a_step_with_fewer_turns_takes_them_in_the_first_rounds() -> None:
+    calls: list[str] = []
+    steps = [lambda name=name: calls.append(name) for name in "ab"]
+    seconds = take_turns(steps, "cpu", [3, 1], lambda: calls.append("|"))
+    assert "".join(calls) == "ab|a|a|"
+    assert [len(taken) for taken in seconds] == [3, 1]
+    # Only rounds that both were in are compared.
+    assert median_ratio([8.0, 9.0, 9.0], [4.0]) == 2.0
 
 
 def test_the_pages_repeat_the_results() -> None:
