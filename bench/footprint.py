@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from snell.bench.measure import extra_peak_bytes, freed_memory_given_back
+
 
 def size(count: float) -> str:
     """Bytes for a reader."""
@@ -66,3 +68,16 @@ def counted_peak_bytes(step: Callable[[], object]) -> int:
         held += event.nbytes()
         peak = max(peak, held)
     return peak
+
+
+def step_peaks(step: Callable[[], object], device: str) -> dict[str, int | None]:
+    """Peak memory of a call over what was held before it: as torch's allocator counts, and by the resident set.
+
+    The resident set also shows the scratch of libraries; None on a GPU and where it cannot be read.
+    """
+    if device == "cuda":
+        return {"extra_peak_bytes": extra_peak_bytes(step, device), "resident_extra_peak_bytes": None}
+    counts: list[int] = []
+    with freed_memory_given_back():
+        resident = extra_peak_bytes(lambda: counts.append(counted_peak_bytes(step)), device)
+    return {"extra_peak_bytes": counts[0], "resident_extra_peak_bytes": resident}

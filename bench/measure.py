@@ -6,7 +6,8 @@ import ctypes
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -96,12 +97,22 @@ def extra_peak_bytes(step: Step, device: str) -> int | None:
     return (status_kib("VmHWM") - resident) * 1024
 
 
-def give_freed_memory_back() -> None:
-    """From now on the C library returns what is freed to the system at once, so that the resident set shows what is
-    in use and not what blocks of earlier sizes have left between them. Slow: not where time is measured."""
-    if _STATUS.exists():
-        mmap_threshold = -3  # malloc.h
-        ctypes.CDLL(None).mallopt(mmap_threshold, 2**16)
+@contextmanager
+def freed_memory_given_back() -> Iterator[None]:
+    """Within, the C library returns what is freed to the system at once, so that the resident set shows what is in
+    use and not what blocks of earlier sizes left between them. Slow: not where time is measured."""
+    if not _STATUS.exists():
+        yield
+        return
+    mallopt = ctypes.CDLL(None).mallopt
+    trim_threshold, mmap_threshold = -1, -3  # malloc.h
+    mallopt(mmap_threshold, 2**16)
+    try:
+        yield
+    finally:
+        # Where glibc's own adjustment ends in a process that frees large blocks; a call of mallopt switches it off.
+        mallopt(mmap_threshold, 2**25)
+        mallopt(trim_threshold, 2**26)
 
 
 def saved_bytes(forward: Callable[[], Tensor], held: Iterable[Tensor]) -> int:

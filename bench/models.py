@@ -5,7 +5,8 @@
 ViT-B/16, BERT-base and a Llama shape scaled to the machine, with random weights. Every method adapts the same
 linear layers, all but the output's, at the same rank; full fine-tuning trains all weights. A step is forward,
 backward and AdamW's update. Ratios are to PEFT's LoRA within one round of steps that take turns. Extra memory is a
-step's peak over what model and optimizer hold, saved bytes are what autograd keeps between forward and backward.
+step's peak over what model and optimizer hold, as torch's allocator counts it, gradients included; on a CPU the
+growth of the resident set stands beside it. Saved bytes are what autograd keeps between forward and backward.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from snell.bench.bars import grouped_bars
-from snell.bench.footprint import size
-from snell.bench.measure import extra_peak_bytes, is_slow, median_ratio, seconds_of, take_turns
+from snell.bench.footprint import size, step_peaks
+from snell.bench.measure import is_slow, median_ratio, seconds_of, take_turns
 from snell.bench.methods import METHODS, RANK, SPARSITY, quiet_libraries
 from snell.bench.paper.shown import markdown
 from snell.bench.record import device_option, made_by, out_option, write
@@ -46,13 +47,11 @@ def measure(build: Callable[[str], Workload], device: str, rank: int, repetition
             try:
                 tuned = Tuned(method, copy.deepcopy(model), batch, rank)
                 held, taken = tuned.held(), []
-                peak = extra_peak_bytes(
-                    lambda step=tuned.step, taken=taken: taken.append(seconds_of(step, device)), device
-                )
+                peaks = step_peaks(lambda step=tuned.step, taken=taken: taken.append(seconds_of(step, device)), device)
             except (RuntimeError, ValueError) as error:
                 result["methods"][method] = {"error": str(error).splitlines()[0]}
             else:
-                result["methods"][method] = held | {"extra_peak_bytes": peak}
+                result["methods"][method] = held | peaks
                 steps[method] = tuned.step
                 first += taken
             bar.update()
@@ -68,17 +67,15 @@ def measure(build: Callable[[str], Workload], device: str, rank: int, repetition
     return result
 
 
-def training_bytes(entry: dict[str, Any]) -> int | None:
-    """All memory of a training step: model, optimizer state and extra peak; None where there is no figure."""
-    if entry.get("extra_peak_bytes") is None:
-        return None
+def training_bytes(entry: dict[str, Any]) -> int:
+    """All memory of a training step: model, optimizer state and extra peak."""
     return entry["model_bytes"] + entry["optimizer_bytes"] + entry["extra_peak_bytes"]
 
 
 def table(results: list[dict[str, Any]]) -> str:
     """A Markdown table, one row a model and method."""
-    columns = ("model", "method", "step", "of LoRA's", "all memory, of LoRA's", "extra memory", "saved for backward")
-    columns += ("trainable", "optimizer state")
+    columns = ("model", "method", "step", "of LoRA's", "all memory, of LoRA's", "extra memory", "resident set's growth")
+    columns += ("saved for backward", "trainable", "optimizer state")
     rows = []
     for result in results:
         lora = training_bytes(result["methods"]["lora"])
@@ -87,13 +84,9 @@ def table(results: list[dict[str, Any]]) -> str:
             if "error" in entry:
                 rows.append([*row, f"**raises** {entry['error']}", *("" for _ in columns[3:])])
                 continue
-            total = training_bytes(entry)
-            row += [f"{entry['seconds']:.3g} s", f"{entry['ratio_to_lora']:.2f}"]
-            row += (
-                ["-", "-"]
-                if total is None or lora is None
-                else [f"{total / lora:.2f}", size(entry["extra_peak_bytes"])]
-            )
+            row += [f"{entry['seconds']:.3g} s", f"{entry['ratio_to_lora']:.2f}", f"{training_bytes(entry) / lora:.3f}"]
+            resident = entry["resident_extra_peak_bytes"]
+            row += [size(entry["extra_peak_bytes"]), "-" if resident is None else size(resident)]
             rows.append([*row, size(entry["saved_bytes"]), f"{entry['trainable']:,}", size(entry["optimizer_bytes"])])
     return markdown(columns, rows)
 
@@ -103,18 +96,13 @@ def draw(path: Path, results: list[dict[str, Any]]) -> None:
     figure = Figure(figsize=(13, 5.2), layout="constrained")
     names = [result["model"].replace(", ", "\n", 1) for result in results]
     labels = ("training step, multiple of LoRA's time", "model, optimizer state and step, multiple of LoRA's memory")
-    figures = (
-        lambda entry: entry.get("ratio_to_lora"),
-        training_bytes,
-    )
     panels = figure.subplots(1, 2)
-    for axes, label, figure_of in zip(panels, labels, figures, strict=True):
+    for axes, label, figure_of in zip(panels, labels, (lambda e: e["ratio_to_lora"], training_bytes), strict=True):
         heights: dict[str, list[float | None]] = {method: [] for method in METHODS}
         for result in results:
             lora = figure_of(result["methods"]["lora"])
             for method, entry in result["methods"].items():
-                found = figure_of(entry)
-                heights[method].append(None if found is None or lora is None else found / lora)
+                heights[method].append(None if "error" in entry else figure_of(entry) / lora)
         grouped_bars(axes, names, heights, label)
         axes.axhline(1, color="black", linewidth=0.8)
     handles, names = panels[0].get_legend_handles_labels()

@@ -20,8 +20,7 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from snell.bench.footprint import counted_peak_bytes, trained
-from snell.bench.measure import extra_peak_bytes, give_freed_memory_back
+from snell.bench.footprint import counted_peak_bytes, step_peaks, trained
 from snell.bench.methods import METHODS, SPARSITY, quiet_libraries
 from snell.bench.paper.shown import markdown
 from snell.bench.record import device_option, made_by, out_option, write
@@ -50,15 +49,10 @@ def measure(method: str, workload: Workload, device: str, rank: int) -> dict[str
     tuned = Tuned(method, workload.model, workload.batch, rank, keep_gradients=True)
     entry: dict[str, int | None] = {**tuned.held()}
     gradients = sum(parameter.grad.nbytes for parameter in trained(tuned.model) if parameter.grad is not None)
-    if device == "cuda":
-        peak, resident = extra_peak_bytes(tuned.step, device), None
-    else:
-        counts: list[int] = []
-        resident = extra_peak_bytes(lambda: counts.append(counted_peak_bytes(tuned.step)), device)
-        (peak,) = counts
-    parts = {"gradient_bytes": gradients, "other_bytes": peak - entry["saved_bytes"]}
+    peaks = step_peaks(tuned.step, device)
+    parts = {"gradient_bytes": gradients, "other_bytes": peaks["extra_peak_bytes"] - entry["saved_bytes"]}
     total = sum((entry | parts)[part] for part in PARTS)
-    return entry | parts | {"total_bytes": total, "resident_extra_peak_bytes": resident}
+    return entry | parts | peaks | {"total_bytes": total}
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
@@ -137,8 +131,6 @@ def run(
 @click.option("--method", type=click.Choice(list(METHODS)), multiple=True, help="One more method; may be repeated.")
 @out_option
 def main(device: str, model: tuple[str, ...], method: tuple[str, ...], out: Path) -> None:
-    if device == "cpu":
-        give_freed_memory_back()
     run(model or VITS, method, device, out)
 
 
