@@ -16,6 +16,7 @@ import random
 import sysconfig
 import tempfile
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,20 +107,22 @@ class Classifier(nn.Module):
         return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
-def adapt(method: str, model: Classifier) -> nn.Module:
-    """The model with the method's parameters trainable, the head always among them."""
+def adapt(method: str, model: Classifier, **settings: Any) -> nn.Module:
+    """The model with the method's parameters trainable, the head always among them; ``settings`` go to SNELL."""
     if method == "linear probe":
         model.encoder.requires_grad_(False)
         return model
     targets: dict[str, Any] = {"target_modules": "all-linear", "exclude_modules": ["pooler.dense"]}
     targets["modules_to_save"] = ["head"]
     if method == "snell":
-        return get_peft_model(model, SnellConfig(r=RANK, **targets))
+        return get_peft_model(model, SnellConfig(r=RANK, **targets, **settings))
     return get_peft_model(model, LoraConfig(r=RANK, lora_alpha=2 * RANK, **targets))
 
 
-def tune(model: nn.Module, rate: float, steps: int, data: list[Docstrings]) -> tuple[float, float]:
-    """Validation and test accuracy after training."""
+def tune(
+    model: nn.Module, rate: float, steps: int, data: Sequence[torch.utils.data.Dataset[dict[str, Tensor]]]
+) -> list[float]:
+    """Accuracies after training on the first of ``data``, one for each of the others."""
 
     def accuracy(prediction: Any) -> dict[str, float]:
         return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
@@ -143,8 +146,7 @@ def tune(model: nn.Module, rate: float, steps: int, data: list[Docstrings]) -> t
         )
         trainer = tf.Trainer(model, arguments, train_dataset=data[0], compute_metrics=accuracy)
         trainer.train()
-        validation, test = (trainer.evaluate(part)["eval_accuracy"] for part in data[1:])
-    return validation, test
+        return [trainer.evaluate(part)["eval_accuracy"] for part in data[1:]]
 
 
 def run(
