@@ -95,25 +95,26 @@ def predicted_seconds(point: Point, products: bool, rates: Mapping[str, float]) 
 
 
 def at_rank(low: Mapping[str, float], high: Mapping[str, float], ranks: tuple[int, int], rank: int) -> dict[str, float]:
-    """Rates at ``rank`` on the straight line through those measured at two ranks; none below 0."""
+    """Rates at ``rank`` on the straight line through those measured at two ranks."""
     share = (rank - ranks[0]) / (ranks[1] - ranks[0])
-    return {kind: max(low[kind] + share * (high[kind] - low[kind]), 0.0) for kind in low}
+    return {kind: low[kind] + share * (high[kind] - low[kind]) for kind in low}
 
 
-def predicted_bytes(point: Point, element_size: int, device: str) -> dict[str, int]:
+def predicted_bytes(point: Point, products: bool, element_size: int, device: str) -> dict[str, int]:
     """What a step should hold, in bytes, for activations of ``element_size`` and float32 factors.
 
     Returns:
         ``saved``: kept from forward to backward beyond parameters: every layer's x and tau. ``outputs``: of the extra
         peak, what the caller asked for: outputs of every layer, the gradient of x and of the factors. ``workspace``:
-        the rest, a block of W0 + dW.
+        the rest, a block of W0 + dW or a slab of transposed activations, whichever is more.
     """
     m, n, tokens = point.out_features, point.in_features, point.tokens
-    rows = block_length(n * element_size, m, device)
+    blocks = [lines * block_length(lines * element_size, others, device) for lines, others in ((n, m), (m, n))]
+    slab = (m + n) * -(-tokens // cpu.num_slabs(tokens, m, n, element_size)) if products else 0
     return {
         "saved": point.depth * (tokens * n * element_size + 4),
         "outputs": tokens * (point.depth * m + n) * element_size + 4 * point.depth * point.rank * (m + n),
-        "workspace": rows * n * element_size,
+        "workspace": max(*blocks, slab) * element_size,
     }
 
 

@@ -9,30 +9,28 @@ explains the model.
 
 from __future__ import annotations
 
+import ctypes
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
-from peft import LoraConfig, get_peft_model
-from torch import Tensor, nn
 from tqdm import tqdm
 
-from snell import SnellLinear, memo
 from snell.bench.calibration import RANKS, SIDE, Calibration
 from snell.bench.cost_model import Point, predicted_bytes, predicted_seconds, takes_products, work_of
-from snell.bench.growth_report import draw, report, slopes
+from snell.bench.growth_layers import DTYPES, built, gemms
+from snell.bench.growth_picture import draw
+from snell.bench.growth_report import report, slopes, summary
 from snell.bench.layer import repetitions_within
-from snell.bench.measure import Step, extra_peak_bytes, interleaved, median_ratio, saved_bytes
+from snell.bench.measure import interleaved, median_ratio
 from snell.bench.record import device_option, out_option, write
 
-__all__ = ["axes", "main", "measure_point", "report"]
-
-DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
+__all__ = ["axes", "main", "report"]
 
 #: Seconds a point may take in all, where the fewest repetitions allow it.
 BUDGET_SECONDS = 6.0
@@ -43,68 +41,21 @@ Axes = dict[str, list[Point]]
 def axes(device: str) -> Axes:
     """The points along each axis; the axes but m*n go through one layer, a ViT's first MLP or a 7B Llama's on a GPU."""
     if device == "cpu":
-        squares = ((s, s) for s in (512, 724, 1024, 1536, 2048, 3072, 4096, 5120))
-        sides: tuple[tuple[int, int], ...] = (*squares, (768, 3072), (4096, 11008))
+        squares: tuple[int, ...] = (512, 724, 1024, 1536, 2048, 3072, 4096, 5120)
+        others = (3072, 768), (768, 3072), (4096, 11008)
         middle, tokens, rows = Point(768, 3072, 512, 32, 0.9), (64, 256, 1024, 2048, 4096), 512
     else:
-        sides = (*((s, s) for s in (1024, 2048, 4096, 8192)), (4096, 11008), (8192, 28672))
+        squares = 1024, 2048, 4096, 8192, 10240
+        others = (11008, 4096), (4096, 11008), (8192, 28672)
         middle, tokens, rows = Point(4096, 11008, 8192, 32, 0.9), (512, 2048, 8192, 16384), 2048
     return {
-        "m*n": [replace(middle, in_features=n, out_features=m) for n, m in sides],
+        "m*n": [replace(middle, in_features=side, out_features=side) for side in squares],
         "rank": [replace(middle, rank=r) for r in (8, 16, 32, 64, 128)],
         "tokens": [replace(middle, tokens=t) for t in tokens],
         "survivors": [replace(middle, sparsity=s) for s in (0.0, 0.5, 0.8, 0.9, 0.95, 0.99)],
         "depth": [replace(middle, in_features=rows, out_features=rows, depth=d) for d in (1, 2, 4, 8, 16)],
+        "other shapes": [replace(middle, in_features=n, out_features=m) for n, m in others],
     }
-
-
-class Layers:
-    """Forward and backward through ``depth`` layers of one kind, parameters as new as in a training step."""
-
-    def __init__(self, layers: nn.Module, x: Tensor, grad_y: Tensor) -> None:
-        self.layers, self.x, self.grad_y = layers, x, grad_y
-        self.inputs = (x, *(p for p in layers.parameters() if p.requires_grad))
-
-    def forward(self) -> Tensor:
-        return self.layers(self.x)
-
-    def step(self) -> None:
-        memo.clear()
-        torch.autograd.grad(self.forward(), self.inputs, self.grad_y)
-
-    def memory(self, device: str) -> dict[str, int | None]:
-        """Bytes kept for backward beyond parameters, and the peak over what was held before a step."""
-        saved = saved_bytes(self.forward, list(self.layers.parameters()))
-        return {"saved_bytes": saved, "extra_peak_bytes": extra_peak_bytes(self.step, device)}
-
-
-def _snell(bases: Sequence[nn.Linear], point: Point) -> nn.Module:
-    settings = {"rank": point.rank, "sparsity": point.sparsity}
-    return nn.Sequential(*(SnellLinear.from_linear(base, **settings) for base in bases))
-
-
-def _lora(bases: Sequence[nn.Linear], point: Point) -> nn.Module:
-    names = [str(index) for index in range(len(bases))]
-    config = LoraConfig(r=point.rank, lora_alpha=point.rank, target_modules=names)
-    return get_peft_model(nn.Sequential(*bases), config, autocast_adapter_dtype=False).base_model.model
-
-
-METHODS: dict[str, Callable[[Sequence[nn.Linear], Point], nn.Module]] = {"snell": _snell, "lora": _lora}
-
-
-def _gemms(bases: Sequence[nn.Linear], x: Tensor, grad_y: Tensor) -> dict[str, Step]:
-    """The floor's products over all layers: the two that any step has, and the one that gives G."""
-    weights, inputs = [base.weight.detach() for base in bases], x.detach()
-
-    def two() -> None:
-        for weight in weights:
-            _ = inputs @ weight.T, grad_y @ weight
-
-    def third() -> None:
-        for _ in weights:
-            _ = grad_y.T @ inputs
-
-    return {"two gemms": two, "third gemm": third}
 
 
 def _predictions(
@@ -119,21 +70,16 @@ def _predictions(
     return predicted_seconds(point, products, rates), single
 
 
-def measure_point(point: Point, device: str, budget: float, calibration: Calibration) -> dict[str, Any]:
-    """Times, predictions and memory at one point, within ``budget`` seconds as far as the fewest repetitions allow."""
-    dtype = DTYPES[device]
-    options = {"device": device, "dtype": dtype}
-    bases = [nn.Linear(point.in_features, point.out_features, **options) for _ in range(point.depth)]
-    x = torch.randn(point.tokens, point.in_features, **options).requires_grad_()
-    grad_y = torch.randn(point.tokens, point.out_features, **options)
-    layers = {name: Layers(build(bases, point), x, grad_y) for name, build in METHODS.items()}
+def measure_times(point: Point, device: str, budget: float, calibration: Calibration) -> dict[str, Any]:
+    """Times and predictions at one point, within ``budget`` seconds as far as the fewest repetitions allow."""
+    bases, x, grad_y, layers = built(point, device)
     steps = {name: method.step for name, method in layers.items()}
-    steps |= _gemms(bases, x, grad_y) | calibration.steps(point.rank)
+    steps |= gemms(bases, x, grad_y) | calibration.steps(point.rank)
     round_seconds = sum(taken[0] for taken in interleaved(list(steps.values()), device, 1, lambda: None))
     repetitions = repetitions_within(budget, round_seconds)
     taken = dict(zip(steps, interleaved(list(steps.values()), device, repetitions, lambda: None), strict=True))
     rounds = [{name: seconds[i] for name, seconds in taken.items()} for i in range(repetitions)]
-    products = takes_products(point, dtype, device)
+    products = takes_products(point, DTYPES[device], device)
     by_kind, single = zip(*(_predictions(point, products, r, calibration) for r in rounds), strict=True)
     totals = [sum(kinds.values()) for kinds in by_kind]
     floors = [r["two gemms"] + r["third gemm"] for r in rounds]
@@ -148,9 +94,28 @@ def measure_point(point: Point, device: str, budget: float, calibration: Calibra
         "measured_over_predicted_single_rate": median_ratio(taken["snell"], single),
         "snell_over_floor": median_ratio(taken["snell"], floors),
         "snell_over_lora": median_ratio(taken["snell"], taken["lora"]),
-        "memory": {name: method.memory(device) for name, method in layers.items()},
-        "predicted_bytes": predicted_bytes(point, dtype.itemsize, device),
     }
+
+
+def measure_memory(point: Point, device: str) -> dict[str, Any]:
+    """Kept bytes and extra peak of both methods at one point, and what the model says of SNELL's."""
+    *_, layers = built(point, device)
+    for method in layers.values():
+        method.step()
+    dtype = DTYPES[device]
+    return {
+        "memory": {name: method.memory(device) for name, method in layers.items()},
+        "predicted_bytes": predicted_bytes(point, takes_products(point, dtype, device), dtype.itemsize, device),
+    }
+
+
+def return_freed_memory() -> None:
+    """From now on the C library hands every freed block of 64 KiB and more back to the system at once.
+
+    Otherwise the resident set also counts what the C library holds back, which depends on what ran before.
+    """
+    m_mmap_threshold = -3
+    ctypes.CDLL(None).mallopt(m_mmap_threshold, 2**16)
 
 
 def measure(chosen: Axes, device: str, budget: float) -> dict[str, list[dict[str, Any]]]:
@@ -160,7 +125,11 @@ def measure(chosen: Axes, device: str, budget: float) -> dict[str, list[dict[str
     with tqdm(sorted({p for points in chosen.values() for p in points}, key=_size), unit="point") as bar:
         for point in bar:
             bar.set_postfix_str(f"{point.in_features} x {point.out_features}, depth {point.depth}")
-            found[point] = measure_point(point, device, budget, calibration)
+            found[point] = measure_times(point, device, budget, calibration)
+    # Last, for it makes every later allocation slower.
+    return_freed_memory()
+    for point in tqdm(found, unit="point", desc="memory"):
+        found[point] |= measure_memory(point, device)
     return {axis: [found[point] for point in points] for axis, points in chosen.items()}
 
 
@@ -180,6 +149,7 @@ def main(device: str, seconds: float, out: Path) -> None:
         "calibrated at": f"{SIDE[device]} x {SIDE[device]}",
         "calibrated ranks": list(RANKS),
     }
+    click.echo(summary(measured))
     document = {"settings": settings, "axes": measured, "slopes": slopes(measured)}
     path = write(out, f"growth-{device}", document, benchmark="growth", device=device)
     draw(path.with_suffix(".png"), document)

@@ -5,11 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
-
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from snell.bench.cost_model import TOLERANCE, within_tolerance
 from snell.bench.record import made_by
@@ -28,8 +24,6 @@ AXES: dict[str, tuple[str, Callable[[Row], float]]] = {
 #: What is fitted, by name: seconds at a common clock, then bytes.
 TIMES = ("snell", "model", "lora", "floor")
 BYTES = ("snell saved", "model saved", "lora saved", "snell extra", "model extra", "lora extra")
-
-COLOURS = {"snell": "#1f77b4", "model": "#1f77b4", "lora": "#e08e45", "floor": "#5f6b7a"}
 
 
 def slope(xs: Sequence[float], ys: Sequence[float]) -> float:
@@ -64,15 +58,17 @@ def bytes_of(row: Row) -> dict[str, float | None]:
     }
 
 
-def _clock(measured: Mapping[str, Sequence[Row]]) -> float:
+def clock_of(measured: Mapping[str, Sequence[Row]]) -> float:
+    """Seconds of the calibration's GEMM, the median over all points."""
     return statistics.median(row["clock_seconds"] for rows in measured.values() for row in rows)
 
 
 def slopes(measured: Mapping[str, Sequence[Row]]) -> dict[str, dict[str, float | None]]:
     """For each axis the slope of every time and every size of memory; None where one cannot be fitted."""
-    clock, found = _clock(measured), {}
-    for axis, rows in measured.items():
-        places = [AXES[axis][1](row) for row in rows]
+    clock, found = clock_of(measured), {}
+    for axis, (_, place) in AXES.items():
+        rows = measured[axis]
+        places = [place(row) for row in rows]
         columns = [times_of(row, clock) | bytes_of(row) for row in rows]
         found[axis] = {
             name: None if any(not column[name] for column in columns) else slope(places, [c[name] for c in columns])
@@ -101,18 +97,20 @@ def slope_table(found: Mapping[str, Mapping[str, float | None]]) -> str:
 def prediction_table(measured: Mapping[str, Sequence[Row]]) -> str:
     """Measured beside predicted as a Markdown table; a time out of the tolerance is marked in bold."""
     columns = ("axis", "in x out", "r", "T", "s", "layers", "GEMMs", "measured", "predicted", "measured / predicted")
-    columns += ("with one GEMM rate", "of the floor", "of LoRA")
+    columns += ("with one GEMM rate", "of the floor", "of LoRA", "extra peak / predicted")
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for axis, rows in measured.items():
         for row in rows:
             ratio, taken = row["measured_over_predicted"], row["seconds"]["snell"]
             marked = f"{ratio:.2f}" if within_tolerance(ratio) else f"**{ratio:.2f}, off**"
+            sizes = bytes_of(row)
+            extra = "-" if sizes["snell extra"] is None else f"{sizes['snell extra'] / sizes['model extra']:.2f}"
             lines.append(
                 f"| {axis} | {row['in_features']} x {row['out_features']} | {row['rank']} | {row['tokens']} "
                 f"| {row['sparsity']:g} | {row['depth']} | {2 if row['survivors_products_alone'] else 3} "
                 f"| {taken * 1e3:.3g} ms | {taken / ratio * 1e3:.3g} ms | {marked} "
                 f"| {row['measured_over_predicted_single_rate']:.2f} | {row['snell_over_floor']:.2f} "
-                f"| {row['snell_over_lora']:.2f} |"
+                f"| {row['snell_over_lora']:.2f} | {extra} |"
             )
     return "\n".join(lines)
 
@@ -135,56 +133,3 @@ def report(document: Mapping[str, Any]) -> str:
     measured = document["axes"]
     tables = slope_table(document["slopes"]), prediction_table(measured), summary(measured), made_by(document)
     return "\n\n".join(tables)
-
-
-def _time_panel(axes: Axes, axis: str, rows: Sequence[Row], clock: float) -> None:
-    label, place = AXES[axis]
-    rows = sorted(rows, key=place)
-    xs, times = [place(row) for row in rows], [times_of(row, clock) for row in rows]
-
-    def milliseconds(name: str) -> list[float]:
-        return [1e3 * t[name] for t in times]
-
-    model = milliseconds("model")
-    low, high = ([t * (1 + sign * TOLERANCE) for t in model] for sign in (-1, 1))
-    axes.fill_between(xs, low, high, color=COLOURS["model"], alpha=0.15, linewidth=0)
-    axes.plot(xs, model, color=COLOURS["model"], label=f"cost model, ± {TOLERANCE:.0%}")
-    axes.plot(xs, milliseconds("snell"), "o", color=COLOURS["snell"], label="SNELL, measured")
-    axes.plot(xs, milliseconds("lora"), "s--", color=COLOURS["lora"], linewidth=1, markersize=4, label="PEFT LoRA")
-    axes.plot(xs, milliseconds("floor"), ":", color=COLOURS["floor"], label="floor: three GEMMs")
-    axes.set_xlabel(label)
-    axes.set_ylabel("forward + backward, ms")
-
-
-def _memory_panel(axes: Axes, rows: Sequence[Row]) -> None:
-    label, place = AXES["m*n"]
-    rows = sorted(rows, key=place)
-    xs, sizes = [place(row) for row in rows], [bytes_of(row) for row in rows]
-    styles = {"snell": "o", "model": "-", "lora": "s"}
-    for kind, colours, meaning in (("extra", COLOURS, "extra peak"), ("saved", COLOURS, "kept for backward")):
-        for name, style in styles.items():
-            ys = [math.nan if size[f"{name} {kind}"] is None else size[f"{name} {kind}"] / 2**20 for size in sizes]
-            full = {"fillstyle": "none" if kind == "saved" else "full", "markersize": 5, "linewidth": 1}
-            who = {"snell": "SNELL", "model": "model", "lora": "LoRA"}[name]
-            axes.plot(xs, ys, style, color=colours[name], label=f"{who}, {meaning}", **full)
-    axes.plot(xs, [4 * x / 2**20 for x in xs], ":", color=COLOURS["floor"], label="one float32 matrix m·n")
-    axes.set_xlabel(label)
-    axes.set_ylabel("memory, MiB")
-
-
-def draw(path: Path, document: Mapping[str, Any]) -> None:
-    """Time along every axis with the model's line, and memory along m*n; all log-log."""
-    measured = document["axes"]
-    figure = Figure(figsize=(14, 8.2), layout="constrained")
-    panels = figure.subplots(2, 3).flat
-    clock = _clock(measured)
-    for (axis, rows), axes in zip(measured.items(), panels, strict=False):
-        _time_panel(axes, axis, rows, clock)
-    _memory_panel(panels[len(measured)], measured["m*n"])
-    for axes in panels:
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(fontsize=8, frameon=False)
-    figure.savefig(path, dpi=130)
