@@ -40,7 +40,7 @@ BENCHMARKS = {
     },
     "Operations on a GPU": {
         "soak": ("snell.bench.soak", "Training under random adapter events and under kill -9, beside quiet training."),
-    "merge": ("snell.bench.merge", "Writing W0 + dW beside a copy."),
+        "merge": ("snell.bench.merge", "Writing W0 + dW beside a copy."),
         "select": ("snell.bench.select", "Selecting thresholds, layer by layer and a whole model at once."),
         "factor-grad": ("snell.bench.factor_grad", "The factors' gradients beside a copy."),
         "generate": ("snell.bench.generate", "Few tokens through an unmerged layer."),

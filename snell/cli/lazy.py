@@ -39,6 +39,15 @@ class LazyGroup(click.Group):
             ) from error
         return command
 
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except OSError as error:
+            if error.filename is None:
+                raise
+            # A folder that cannot be written, a full disk: no fault of the program's.
+            raise click.ClickException(f"{error.filename}: {error.strerror}") from error
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         sections = {
             heading: [(name, text) for name, (_, text) in rows.items()] for heading, rows in self.sections.items()

@@ -9,7 +9,7 @@ from peft.config import PeftConfig
 from peft.utils.other import get_pattern_key
 
 from snell.peft.kind import SNELL
-from snell.spec import Spec
+from snell.spec import KERNEL_FUNCTIONS, Spec
 
 __all__ = ["SnellConfig"]
 
@@ -126,6 +126,11 @@ class SnellConfig(PeftConfig):
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
             raise ValueError(f"r must be an int of at least 1; got {rank!r}")
         return Spec(rank, sparsity, self.kernel, self.groups, self.gate)
+
+    @property
+    def trains_theta(self) -> bool:
+        """Whether the kernel function's scalars, if it has any, are trained and saved."""
+        return KERNEL_FUNCTIONS[self.kernel].trains_theta if self.train_theta is None else self.train_theta
 
     def spec_of(self, module: str) -> Spec:
         """The make-up of the update of the module of this name, by the patterns."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from snell import functional
 from snell.peft import base, checkpoint
 from snell.peft.config import SnellConfig
-from snell.spec import KERNEL_FUNCTIONS, Spec
+from snell.spec import Spec
 from snell.update import Merged, Update, draw, draw_identity, merge_into
 
 __all__ = ["AdaptedLinear"]
@@ -82,11 +82,10 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         if split is not None:
             split.agree(A, B)
         self.snell_A[adapter_name], self.snell_B[adapter_name] = nn.Parameter(A), nn.Parameter(B)
-        trains_theta = KERNEL_FUNCTIONS[spec.kernel].trains_theta if config.train_theta is None else config.train_theta
         for scalars in (self.snell_theta, self.snell_constants):
             if adapter_name in scalars:
                 del scalars[adapter_name]
-        if trains_theta and spec.num_theta:
+        if config.trains_theta and spec.num_theta:
             self.snell_theta[adapter_name] = nn.Parameter(theta)
         else:
             self.snell_constants[adapter_name] = theta

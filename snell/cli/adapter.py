@@ -1,0 +1,133 @@
+"""A saved SNELL adapter as its layers' updates, without the base model; every fault is one sentence."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import torch
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from snell import functional
+from snell.peft import SnellConfig
+from snell.spec import Spec
+from snell.update import Update
+
+_FACTOR = re.compile(r"(?:base_model\.model\.)?(?P<layer>.+)\.snell_(?P<name>A|B|theta)$")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter's folder and settings, and the keys of its tensors in the file by layer and name (A, B, theta).
+
+    Layers are named as in the base model, and sorted by name.
+    """
+
+    folder: Path
+    config: SnellConfig
+    keys: dict[str, dict[str, str]]
+
+    def updates(self) -> Iterator[tuple[str, Update]]:
+        """Each layer's name and update, read and selected for when its turn comes."""
+        with _weights(self.folder) as file:
+            for layer, keys in self.keys.items():
+                tensors = {name: _full(file.get_tensor(key)) for name, key in keys.items()}
+                yield layer, self._update(layer, tensors)
+
+    def others(self) -> list[Path]:
+        """Folders of further adapters inside this one's."""
+        return sorted(path.parent for path in self.folder.glob(f"*/{CONFIG_NAME}"))
+
+    def _update(self, layer: str, tensors: dict[str, Tensor]) -> Update:
+        spec, scale = self.config.spec_of(layer), self.config.scale
+        needed = ["A", "B", *(["theta"] if self.config.trains_theta and spec.num_theta else [])]
+        for name in needed:
+            if name not in tensors:
+                raise click.ClickException(f"{self.folder} lacks snell_{name} of {layer}: the adapter is incomplete")
+        A, B = tensors["A"], tensors["B"]
+        theta = tensors.get("theta", torch.tensor(spec.initial_theta(scale), dtype=A.dtype))
+        for name, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                raise click.ClickException(f"snell_{name} of {layer} holds NaN or infinite values")
+        if not _fit(A, B, theta, spec):
+            shapes = ", ".join(f"snell_{name} {list(tensor.shape)}" for name, tensor in tensors.items())
+            raise click.ClickException(f"{layer} holds {shapes}, which does not fit rank {spec.rank} of {CONFIG_NAME}")
+        return Update(A, B, theta, functional.threshold(A, B, theta, spec), spec)
+
+
+def _fit(A: Tensor, B: Tensor, theta: Tensor, spec: Spec) -> bool:
+    factors = all(factor.dim() == 2 and factor.shape[0] and factor.shape[1] == spec.rank for factor in (A, B))
+    return factors and theta.shape == (spec.num_theta,)
+
+
+def _full(factor: Tensor) -> Tensor:
+    # As a model that loads it: who survives is decided in float32.
+    return (factor.float() if factor.element_size() == 2 else factor).contiguous()
+
+
+def _weights(folder: Path) -> safe_open:
+    path = folder / SAFETENSORS_WEIGHTS_NAME
+    if not path.exists():
+        raise click.ClickException(f"{folder} holds {CONFIG_NAME} but no {SAFETENSORS_WEIGHTS_NAME}")
+    try:
+        return safe_open(path, "pt")
+    except (SafetensorError, OSError) as error:
+        raise click.ClickException(f"{path} cannot be read: {error}") from error
+
+
+def _find(folder: Path) -> Path:
+    """The folder, or its one subfolder, that holds an adapter: ``save_pretrained`` puts all but "default" into one."""
+    if (folder / CONFIG_NAME).exists():
+        return folder
+    inner = sorted(path.parent for path in folder.glob(f"*/{CONFIG_NAME}"))
+    if not inner:
+        raise click.ClickException(f"{folder} holds no {CONFIG_NAME}: it is not the folder of a saved adapter")
+    if len(inner) > 1:
+        raise click.ClickException(f"{folder} holds several adapters, name one: {', '.join(map(str, inner))}")
+    return inner[0]
+
+
+def _config(folder: Path) -> SnellConfig:
+    path = folder / CONFIG_NAME
+    try:
+        settings = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise click.ClickException(f"{path} cannot be read: {error}") from error
+    kind = settings.get("peft_type") if isinstance(settings, dict) else None
+    if kind != "SNELL":
+        raise click.ClickException(f"{folder} holds no SNELL adapter: its peft_type is {kind or 'missing'}")
+    try:
+        config = SnellConfig.from_pretrained(str(folder))
+    except (TypeError, ValueError) as error:
+        raise click.ClickException(f"{path} does not describe a SNELL adapter: {error}") from error
+    assert isinstance(config, SnellConfig)
+    return config
+
+
+def _natural(name: str) -> list[tuple[bool, int | str]]:
+    """Sorts layer 2 before layer 10."""
+    return [(part.isdigit(), int(part) if part.isdigit() else part) for part in re.split(r"(\d+)", name)]
+
+
+def read(folder: Path) -> Adapter:
+    """The adapter in ``folder``; its tensors stay on the disk until they are asked for.
+
+    Raises:
+        click.ClickException: what is wrong with it, in a sentence.
+    """
+    folder = _find(folder)
+    config = _config(folder)
+    keys: dict[str, dict[str, str]] = {}
+    with _weights(folder) as file:
+        for key in sorted(file.keys()):
+            if match := _FACTOR.match(key):
+                keys.setdefault(match["layer"], {})[match["name"]] = key
+    if not keys:
+        raise click.ClickException(f"{folder / SAFETENSORS_WEIGHTS_NAME} holds no tensor of a SNELL adapter")
+    return Adapter(folder, config, {layer: keys[layer] for layer in sorted(keys, key=_natural)})

@@ -1,0 +1,67 @@
+"""Where a layer's survivors lie: counts by row, by column and over a coarse grid, from dW a block of rows at a time."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from snell.update import Update
+
+#: Bins of the grid along each side of the matrix, where it is that long.
+BINS = 64
+
+
+@dataclass(frozen=True)
+class Spread:
+    """One layer's survivors.
+
+    Attributes:
+        by_row: ``[m]`` and by_column: ``[n]`` counts.
+        grid: ``[bins, bins]`` share of the entries of each bin that survive.
+        norm: Frobenius norm of dW.
+    """
+
+    by_row: Tensor
+    by_column: Tensor
+    grid: Tensor
+    norm: float
+
+    @property
+    def count(self) -> int:
+        return int(self.by_row.sum())
+
+
+def _bins(size: int) -> Tensor:
+    """The bin of each row or column: at most :data:`BINS`, of sizes that differ by one at most."""
+    bins = min(size, BINS)
+    return torch.arange(size) * bins // size
+
+
+@torch.no_grad()
+def spread(update: Update) -> Spread:
+    """Count; what is held is a block of rows and the counts."""
+    m, n = update.B.shape[0], update.A.shape[0]
+    rows, columns = _bins(m), _bins(n)
+    by_row, by_column = torch.zeros(m, dtype=torch.int64), torch.zeros(n, dtype=torch.int64)
+    grid = torch.zeros(int(rows[-1]) + 1, int(columns[-1]) + 1, dtype=torch.int64)
+    squares = 0.0
+    for block in update.row_blocks():
+        delta = update.rows(block)
+        squares += torch.linalg.vector_norm(delta, dtype=torch.float64).square().item()
+        survives = (delta != 0).long()
+        by_row[block], by_column = survives.sum(1), by_column + survives.sum(0)
+        in_bins = torch.zeros(survives.shape[0], grid.shape[1], dtype=torch.int64).index_add_(1, columns, survives)
+        grid.index_add_(0, rows[block], in_bins)
+    area = rows.bincount().unsqueeze(1) * columns.bincount()
+    return Spread(by_row, by_column, grid / area, math.sqrt(squares))
+
+
+def held_by_fullest_tenth(counts: Tensor) -> float:
+    """The share of all survivors that the tenth of the rows (or columns) with most of them hold; 0.1 were even."""
+    most, tenth = counts.sort(descending=True).values.double(), len(counts) / 10
+    whole = int(tenth)
+    held = most[:whole].sum() + (tenth - whole) * most[whole]
+    return (held / most.sum().clamp(min=1)).item()

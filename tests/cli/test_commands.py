@@ -1,0 +1,86 @@
+"""Help, names of commands, and what is missing is said in a sentence."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+from processes import run, without
+
+from snell.cli import BENCHMARKS, COMMANDS, main
+
+
+def invoke(*arguments: str):
+    return CliRunner().invoke(main, arguments)
+
+
+def test_python_m_snell_is_snell():
+    by_module = run([sys.executable, "-m", "snell", "--help"])
+    by_name = run([str(Path(sys.executable).with_name("snell")), "--help"])
+    assert by_module.returncode == by_name.returncode == 0
+    assert by_module.stdout == by_name.stdout
+    assert by_module.stdout.startswith("Usage: snell ")
+
+
+@pytest.mark.parametrize("arguments, sections", [(["--help"], COMMANDS), (["bench", "--help"], BENCHMARKS)])
+def test_help_shows_every_command_in_full(arguments, sections):
+    shown = " ".join(invoke(*arguments).output.split())
+    for heading, rows in sections.items():
+        assert f"{heading}: " in shown
+        for name, (_, text) in rows.items():
+            assert f"{name} {' '.join(text.split())}" in shown
+    assert "..." not in shown.replace("[ARGS]...", "")
+
+
+@pytest.mark.parametrize("sections", [COMMANDS, BENCHMARKS])
+def test_every_command_has_its_module(sections):
+    modules = [module for rows in sections.values() for module, _ in rows.values()]
+    assert [module for module in modules if importlib.util.find_spec(module) is None] == []
+
+
+@pytest.mark.parametrize("arguments", [["nonsense"], ["bench", "nonsense"], ["doctor", "--nonsense"]])
+def test_an_unknown_word_is_named(arguments):
+    done = invoke(*arguments)
+    assert done.exit_code == 2
+    assert "nonsense" in done.output.splitlines()[-1]
+
+
+def test_without_click_the_command_line_says_what_to_install():
+    done = without("click", "doctor")
+    assert done.returncode == 1
+    assert done.stderr.strip() == "snell's command line needs click: pip install 'snell[cli]'"
+
+
+@pytest.mark.parametrize(
+    "hidden, arguments, sentence",
+    [
+        (
+            "tqdm",
+            ["bench", "layer"],
+            "snell bench layer needs tqdm, which is not installed: pip install 'snell[bench]'",
+        ),
+        ("peft", ["inspect", "."], "snell inspect needs peft, which is not installed: pip install 'snell[cli]'"),
+    ],
+)
+def test_a_missing_extra_is_asked_for_by_name(hidden, arguments, sentence):
+    done = without(hidden, *arguments)
+    assert (done.returncode, done.stderr.strip()) == (1, f"Error: {sentence}")
+
+
+def test_a_folder_that_cannot_be_written_is_named(monkeypatch):
+    def write() -> None:
+        Path("/proc/no/such").mkdir(parents=True)
+
+    monkeypatch.setitem(main.commands, "write", click.Command("write", callback=write))
+    done = invoke("write")
+    assert done.exit_code == 1
+    assert done.output.startswith("Error: /proc/no")
+
+
+def test_a_fault_of_the_programs_own_is_not_hidden(monkeypatch):
+    monkeypatch.setitem(COMMANDS["Commands"], "broken", ("snell.no_such_module", "Nothing."))
+    monkeypatch.setitem(main.modules, "broken", "snell.no_such_module")
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+        CliRunner().invoke(main, ["broken"], catch_exceptions=False)
