@@ -14,7 +14,8 @@ except ImportError as error:
 from snell.peft.config import SnellConfig
 from snell.peft.layer import AdaptedLinear
 from snell.peft.model import SnellModel
+from snell.peft.saving import last_checkpoint, save_adapter
 
-__all__ = ["AdaptedLinear", "SnellConfig", "SnellModel"]
+__all__ = ["AdaptedLinear", "SnellConfig", "SnellModel", "last_checkpoint", "save_adapter"]
 
 register_peft_method(name="snell", config_cls=SnellConfig, model_cls=SnellModel)
