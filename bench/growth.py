@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import ctypes
 import math
+import multiprocessing
 import statistics
 from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +113,7 @@ def measure_memory(point: Point, device: str) -> dict[str, Any]:
 
 
 def return_freed_memory() -> None:
-    """From now on the C library hands every freed block of 64 KiB and more back to the system at once.
+    """From now on the C library hands every block of 64 KiB and more back to the system when it is freed.
 
     Otherwise the resident set also counts what the C library holds back, which depends on what ran before.
     """
@@ -126,10 +129,12 @@ def measure(chosen: Axes, device: str, budget: float) -> dict[str, list[dict[str
         for point in bar:
             bar.set_postfix_str(f"{point.in_features} x {point.out_features}, depth {point.depth}")
             found[point] = measure_times(point, device, budget, calibration)
-    # Last, for it makes every later allocation slower.
-    return_freed_memory()
-    for point in tqdm(found, unit="point", desc="memory"):
-        found[point] |= measure_memory(point, device)
+    # In a process of its own: this one's heap has holes by now, and returning memory at once would slow it down.
+    spawned = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawned, initializer=return_freed_memory) as apart:
+        sizes = apart.map(measure_memory, found, repeat(device))
+        for point, measured in zip(found, tqdm(sizes, total=len(found), unit="point", desc="memory"), strict=True):
+            found[point] |= measured
     return {axis: [found[point] for point in points] for axis, points in chosen.items()}
 
 

@@ -6,6 +6,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -249,8 +250,8 @@ def test_a_small_run_writes_finite_results_and_a_picture(tmp_path: Path, monkeyp
         "other shapes": [replace(middle, out_features=32)],
     }
     monkeypatch.setattr(growth, "axes", lambda device: grown)
-    # It would last for the tests that come after.
-    monkeypatch.setattr(growth, "return_freed_memory", lambda: None)
+    # A process of its own would import everything again, for longer than all else here takes.
+    monkeypatch.setattr(growth, "ProcessPoolExecutor", lambda workers, **_: ThreadPoolExecutor(workers))
     # So little that every product is worth asking for: both ways through backward are run.
     monkeypatch.setattr(cpu, "WORTH_ASKING", 1)
     result = CliRunner().invoke(growth.main, ["--seconds", "0.01", "--out", str(tmp_path)])
