@@ -25,11 +25,12 @@ BENCHMARKS = {
         "models": ("snell.bench.models", "A whole training step through PEFT beside every peer."),
         "operations": ("snell.bench.operations", "What a layer's operations take on a CPU, beside their floors."),
         "growth": ("snell.bench.growth", "How time and memory grow, beside the cost model."),
-        "steps": ("snell.bench.paper.steps", "The paper's Table A14: a step's time relative to LoRA-8 on ViT-B/16."),
-        "memory": ("snell.bench.paper.memory", "The paper's Table A12: memory while ViT-B, L and H train."),
         "minilm": ("snell.bench.minilm", "A real checkpoint on real text: SNELL, LoRA, linear probe."),
+        "soak": ("snell.bench.soak", "Training under random adapter events and under kill -9, beside quiet training."),
     },
     "The paper's experiments": {
+        "steps": ("snell.bench.paper.steps", "The paper's Table A14: a step's time relative to LoRA-8 on ViT-B/16."),
+        "memory": ("snell.bench.paper.memory", "The paper's Table A12: memory while ViT-B, L and H train."),
         "gates": ("snell.bench.paper.gates", "Accuracy by gate, scale, sparsity and learning rate, beside LoRA's."),
         "fit": ("snell.bench.paper.fit", "The paper's Figure 4(a): fitting random matrices by each kernel function."),
         "sparsify": (
@@ -39,7 +40,6 @@ BENCHMARKS = {
         "matrix-rank": ("snell.bench.paper.matrix_rank", "The rank of the merged update by kernel function."),
     },
     "Operations on a GPU": {
-        "soak": ("snell.bench.soak", "Training under random adapter events and under kill -9, beside quiet training."),
         "merge": ("snell.bench.merge", "Writing W0 + dW beside a copy."),
         "select": ("snell.bench.select", "Selecting thresholds, layer by layer and a whole model at once."),
         "factor-grad": ("snell.bench.factor_grad", "The factors' gradients beside a copy."),

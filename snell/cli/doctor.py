@@ -106,5 +106,5 @@ def main(context: click.Context, as_json: bool) -> None:
             click.echo(textwrap.fill(f"- {fault}", 116, subsequent_indent="  ", break_long_words=False))
     else:
         notes = sum(one.verdict == NOTE for one in found)
-        click.secho(f"\nAll is well{f', with {notes} notes above' if notes else ''}.", fg="green", bold=True)
+        click.secho(f"\nAll is well{f', but for notes above: {notes}' if notes else ''}.", fg="green", bold=True)
     context.exit(1 if faults else 0)
