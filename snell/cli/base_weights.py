@@ -101,16 +101,16 @@ def _match(module: str, names: dict[str, str]) -> str | None:
 
 def _renamings(folder: Path, keys: list[str]) -> Iterator[tuple[str, str]]:
     """Keys of the checkpoint and what transformers calls them in the model it builds, as far as it knows."""
-    import transformers
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
     try:
+        import transformers
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
         architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
         with torch.device("meta"):
             model = getattr(transformers, architecture)(transformers.AutoConfig.from_pretrained(folder))
     except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, ImportError):
-        return  # no model of transformers' own
+        return  # no model of transformers' own, or a release that keeps the names elsewhere
     changes = get_model_conversion_mapping(model)
     renamings = [change for change in changes if isinstance(change, WeightRenaming)]
     converters = [change for change in changes if isinstance(change, WeightConverter)]
