@@ -98,6 +98,11 @@ def report(document: dict[str, Any]) -> str:
     return f"{table(document['cases'])}\n\n{peer_tables(document['cases'])}\n\n{made_by(document)}"
 
 
+def brief(document: dict[str, Any]) -> str:
+    """The first of the report's tables."""
+    return f"{table(document['cases'])}\n\n{made_by(document)}"
+
+
 @click.command(help=__doc__)
 @device_option
 @click.option("--seconds", type=float, default=BUDGET_SECONDS, show_default=True, help="Time for each case.")

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from snell.bench.bars import grouped_bars
 from snell.bench.footprint import size
 from snell.bench.methods import METHODS
-from snell.bench.paper.shown import markdown
+from snell.bench.record import markdown
 
 #: The methods whose memory stands in the first table.
 SHOWN = ("snell", "lora", "published")

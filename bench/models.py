@@ -26,8 +26,7 @@ from snell.bench.bars import grouped_bars
 from snell.bench.footprint import size, step_peaks
 from snell.bench.measure import is_slow, median_ratio, seconds_of, take_turns
 from snell.bench.methods import METHODS, RANK, SPARSITY, quiet_libraries
-from snell.bench.paper.shown import markdown
-from snell.bench.record import device_option, made_by, out_option, write
+from snell.bench.record import device_option, made_by, markdown, out_option, write
 from snell.bench.tuned import Tuned
 from snell.bench.workloads import MODELS, Workload
 
@@ -113,6 +112,26 @@ def draw(path: Path, results: list[dict[str, Any]]) -> None:
 def report(document: dict[str, Any]) -> str:
     """The results file as Markdown."""
     return f"{table(document['models'])}\n\n{made_by(document)}"
+
+
+def brief(document: dict[str, Any]) -> str:
+    """A row a model: every method's step and all its memory, as multiples of LoRA's."""
+    shown = [method for method in METHODS if method != "lora"]
+    rows = []
+    for result in document["models"]:
+        lora = result["methods"]["lora"]
+        row = [result["model"], f"{lora['seconds']:.3g} s, {size(training_bytes(lora))}"]
+        for method in shown:
+            entry = result["methods"][method]
+            cell = (
+                f"{entry['ratio_to_lora']:.2f}, {training_bytes(entry) / training_bytes(lora):.2f}"
+                if "seconds" in entry
+                else "**raises**"
+            )
+            row.append(cell)
+        rows.append(row)
+    columns = ("model", METHODS["lora"].label, *(METHODS[method].label for method in shown))
+    return f"{markdown(columns, rows)}\n\n{made_by(document)}"
 
 
 def run(

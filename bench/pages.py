@@ -2,8 +2,8 @@
 
     python -m snell.bench.pages
 
-A page asks for ``bench/results/NAME.json`` by ``<!-- results: NAME -->`` ... ``<!-- end -->``. A test fails when
-pages and results part.
+A page asks for ``bench/results/NAME.json`` by ``<!-- results: NAME -->`` ... ``<!-- end -->``, or for the short form of
+it by ``<!-- results: NAME brief -->``. A test fails when pages and results part.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 
-#: The module whose ``report(document)`` renders a results file, by the file's name.
+#: The module whose ``report(document)`` (or ``brief(document)``) renders a results file, by the file's name.
 REPORTS = {
     "layer-cpu": "layer",
     "layer-cuda": "layer",
@@ -51,10 +51,12 @@ def rendered(text: str) -> str:
 
     def section(match: re.Match[str]) -> str:
         document = json.loads((RESULTS / f"{match[2]}.json").read_text())
-        report = importlib.import_module(f"snell.bench.{REPORTS[match[2]]}").report
-        return f"{match[1]}{report(document)}{match[3]}"
+        module = importlib.import_module(f"snell.bench.{REPORTS[match[2]]}")
+        render = module.brief if match[3] else module.report
+        return f"{match[1]}{render(document)}{match[4]}"
 
-    return re.sub(r"(<!-- results: ([\w-]+) -->\n).*?(\n<!-- end -->)", section, text, flags=re.DOTALL)
+    marked = r"(<!-- results: ([\w-]+)( brief)? -->\n).*?(\n<!-- end -->)"
+    return re.sub(marked, section, text, flags=re.DOTALL)
 
 
 if __name__ == "__main__":

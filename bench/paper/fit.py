@@ -23,8 +23,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from snell import functional
-from snell.bench.paper.shown import COLOURS, NAMES, markdown
-from snell.bench.record import made_by, out_option, write
+from snell.bench.paper.shown import COLOURS, NAMES
+from snell.bench.record import made_by, markdown, out_option, write
 from snell.spec import KERNEL_FUNCTIONS, Spec
 from snell.update import draw
 

@@ -24,9 +24,9 @@ from snell.bench import demo
 from snell.bench.demo_data import load_domains
 from snell.bench.demo_methods import Method, shown_layer
 from snell.bench.demo_training import accuracy
-from snell.bench.paper.shown import COLOURS, NAMES, markdown
+from snell.bench.paper.shown import COLOURS, NAMES
 from snell.bench.paper.sparsify import Contender
-from snell.bench.record import made_by, out_option, write
+from snell.bench.record import made_by, markdown, out_option, write
 
 #: The paper states no rank that it measured; this is its claim (section 3.2).
 CLAIM = 'nonlinear kernel functions "obtain matrices with rank larger than r"'

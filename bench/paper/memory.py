@@ -22,8 +22,7 @@ from tqdm import tqdm
 
 from snell.bench.footprint import counted_peak_bytes, step_peaks, trained
 from snell.bench.methods import METHODS, SPARSITY, quiet_libraries
-from snell.bench.paper.shown import markdown
-from snell.bench.record import device_option, made_by, out_option, write
+from snell.bench.record import device_option, made_by, markdown, out_option, write
 from snell.bench.tuned import Tuned
 from snell.bench.workloads import VITS, Workload, vit
 

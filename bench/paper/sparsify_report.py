@@ -11,8 +11,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from snell.bench.paper.shown import COLOURS, NAMES, markdown
-from snell.bench.record import made_by
+from snell.bench.paper.shown import COLOURS, NAMES
+from snell.bench.record import made_by, markdown
 
 #: VTAB-1k accuracies of ViT-B/16 in the paper (arXiv 2411.01800), means over the three groups of tasks: without
 #: competition from its Table A11, with s = 0.9 from its Table 5(a).
