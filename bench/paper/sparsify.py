@@ -30,16 +30,19 @@ from snell.bench.paper.sparsify_report import draw, report, tables
 from snell.bench.record import out_option, write
 from snell.spec import KERNEL_FUNCTIONS
 
-#: Learning rates to choose from: half a decade to either side of the best of a first look, which took other draws.
+#: Learning rates to choose from: half decades around what a first look, with other draws, found best.
 RATES = {
-    "none": (1e-2, 3e-2, 1e-1),
-    "full-rank": (1e-3, 3e-3, 1e-2),
-    "straight-through": (1e-3, 3e-3, 1e-2),
-    "linear": (3e-3, 1e-2, 3e-2),
-    "piecewise_linear": (1e-2, 3e-2, 1e-1),
+    "none": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
+    "full-rank": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+    "straight-through": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+    "linear": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+    "piecewise_linear": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
 }
 #: Where losers never move, survivors have further to go; the soft gate multiplies by \|K\| once more.
-LARGER_RATES = {("full-rank", "hard"): (1e-2, 3e-2, 1e-1), ("piecewise_linear", "soft"): (3e-2, 1e-1, 3e-1)}
+LARGER_RATES = {
+    ("full-rank", "hard"): (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+    ("piecewise_linear", "soft"): (1e-2, 3e-2, 1e-1, 3e-1, 1.0),
+}
 
 
 @dataclass(frozen=True)
@@ -48,9 +51,9 @@ class Settings:
 
     steps: int = 120
     pretraining_steps: int = 700
-    choosing: int = 3
-    judging: int = 10
-    ranks: tuple[int, ...] = (2, 4, 8, 16, 32)
+    choosing: int = 4
+    judging: int = 12
+    ranks: tuple[int, ...] = (2, 8, 16, 32)
     sparsity: float = 0.9
 
 

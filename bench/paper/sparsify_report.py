@@ -114,7 +114,7 @@ def _bars(axes: Axes, results: Results) -> None:
     probe = find("none", None, False)
     if probe:
         axes.axhline(statistics.fmean(probe["accuracies"]), color="black", linestyle=":", linewidth=1)
-        axes.text(-0.42, statistics.fmean(probe["accuracies"]) + 0.7, "linear probe", fontsize=8)
+        axes.text(0.42, statistics.fmean(probe["accuracies"]) + 0.7, "linear probe", fontsize=8)
     axes.set_xticks(range(len(names)), list(names.values()), fontsize=9)
     axes.set_ylabel("test accuracy, %")
     axes.set_title("what is sparsified", loc="left")
@@ -122,24 +122,25 @@ def _bars(axes: Axes, results: Results) -> None:
 
 def draw(path: Path, results: Results) -> None:
     """Accuracy by what is sparsified, and over the rank; bars are standard errors over draws of labels."""
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     _bars(left, results)
-    for matrix, name in (("linear", "LoRA"), ("piecewise_linear", "kernelised LoRA")):
+    # Points of one rank stand a little apart, for their bars to be told from each other.
+    for shift, matrix, name in ((0.98, "linear", "LoRA"), (1.02, "piecewise_linear", "kernelised LoRA")):
         for competes in (False, True):
             same = (r for r in results if (r["matrix"], r["gate"], r["sparsity"] > 0) == (matrix, "hard", competes))
             rows = sorted(same, key=lambda r: r["rank"])
             line = {"linestyle": "-", "marker": "o"} if competes else {"linestyle": "--", "marker": "s"}
             style = {"color": COLOURS[matrix], "markersize": 5, **line}
             label = f"{name}, " + ("s = 0.9" if competes else "no competition")
-            _errorbar(right, [r["rank"] for r in rows], rows, label=label, **style)
+            _errorbar(right, [r["rank"] * shift ** (2 * competes + 1) for r in rows], rows, label=label, **style)
     ranks = sorted({r["rank"] for r in results if r["rank"]})
     right.set_xscale("log", base=2)
     right.set_xticks(ranks, [str(r) for r in ranks])
     right.set_xlabel("rank r of the factors")
     right.set_ylabel("test accuracy, %")
     right.set_title("at what rank", loc="left")
-    right.legend(fontsize=9)
+    right.legend(fontsize=9, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
