@@ -32,7 +32,9 @@ def grouped_bars(axes: Axes, groups: Sequence[str], heights: Mapping[str, Sequen
                 axes.text(place, min(known) / 1.4, "raises", rotation=90, fontsize=7, ha="center", va="bottom")
     axes.set_xticks(range(len(groups)), groups, fontsize=8)
     axes.set_ylabel(label)
-    axes.yaxis.set_major_locator(LogLocator(10, subs=(1, 1.5, 2, 3, 5, 7)))
+    # As many labels as there is room for.
+    wide = max(known) > 100 * min(known)
+    axes.yaxis.set_major_locator(LogLocator(10, subs=(1, 3) if wide else (1, 1.5, 2, 3, 5, 7)))
     axes.yaxis.set_major_formatter(lambda height, _: f"{height:g}")
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.spines[["top", "right"]].set_visible(False)

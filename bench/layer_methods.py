@@ -11,9 +11,9 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from snell import memo
+from snell import SnellLinear, memo
 from snell.bench.footprint import num_trained, optimizer_bytes, start, trained
-from snell.bench.methods import METHODS, RANK
+from snell.bench.methods import GROUPS, METHODS, RANK, SCALE, SPARSITY
 
 
 @dataclass(frozen=True)
@@ -36,15 +36,21 @@ class _OneLayer(nn.Module):
         self.linear = linear
 
 
+def _adapted(method: str, linear: nn.Linear) -> nn.Module:
+    if method == "snell":  # the drop-in layer itself; through PEFT it stands in bench.models
+        return SnellLinear.from_linear(linear, rank=RANK, sparsity=SPARSITY, groups=GROUPS, scale=SCALE)
+    model = METHODS[method].adapt(_OneLayer(linear), RANK)
+    # The layer alone: a model's own wrapper is no part of what is measured.
+    return (model.get_base_model() if isinstance(model, PeftModel) else model).linear
+
+
 class Contender:
     """One method on one case: ``step()`` is a forward and a backward of new parameters, gradients dropped after."""
 
     def __init__(self, method: str, case: Case, x: Tensor, grad_y: Tensor) -> None:
         options = {"device": case.device, "dtype": case.dtype}
         self.x, self.grad_y = x, grad_y
-        model = METHODS[method].adapt(_OneLayer(nn.Linear(case.in_features, case.out_features, **options)), RANK)
-        # The layer alone: a model's own wrapper is no part of what is measured.
-        self.layer = (model.get_base_model() if isinstance(model, PeftModel) else model).linear
+        self.layer = _adapted(method, nn.Linear(case.in_features, case.out_features, **options))
         self.inputs = (x, *trained(self.layer))
 
     def forward(self) -> Tensor:

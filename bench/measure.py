@@ -123,8 +123,9 @@ def saved_bytes(forward: Callable[[], Tensor], held: Iterable[Tensor]) -> int:
 
     def pack(tensor: Tensor) -> Tensor:
         # A sparse tensor has no storage of its own.
-        saved.extend([tensor._indices(), tensor._values()] if tensor.is_sparse else [tensor])
-        return tensor
+        saved.extend([tensor._indices(), tensor._values()] if tensor.is_sparse else [tensor.detach()])
+        # Detached, since an output kept by its own node would keep that node, and so all that the pass has saved.
+        return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         out = forward()

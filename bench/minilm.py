@@ -34,7 +34,7 @@ PACKAGES = ("asyncio", "email", "http", "importlib", "logging", "multiprocessing
 TOKENS, BATCH, RANK = 48, 16, 16
 #: Docstrings of each package: for training, validation and test.
 SIZES = (48, 16, 40)
-RATES = {"snell": (3e-3, 1e-2, 3e-2), "lora": (1e-3, 3e-3, 1e-2), "linear probe": (1e-2, 3e-2, 1e-1)}
+RATES = {"snell": (1e-3, 3e-3, 1e-2), "lora": (1e-3, 3e-3, 1e-2), "linear probe": (1e-2, 3e-2, 1e-1)}
 
 
 def checkpoint() -> Path:

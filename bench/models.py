@@ -34,14 +34,16 @@ from snell.bench.workloads import MODELS, Workload
 SLOW_REPETITIONS = 2
 
 
-def measure(build: Callable[[str], Workload], device: str, rank: int, repetitions: int) -> dict[str, Any]:
+def measure(
+    build: Callable[[str], Workload], device: str, rank: int, repetitions: int, methods: Sequence[str] = tuple(METHODS)
+) -> dict[str, Any]:
     """One model's figures by method; a method that raises is recorded with its error."""
     torch.manual_seed(0)
     name, model, batch = build(device)
     result: dict[str, Any] = {"model": name, "methods": {}}
     steps, first = {}, []
-    with tqdm(total=len(METHODS) + repetitions, desc=name, unit="round") as bar:
-        for method in METHODS:
+    with tqdm(total=len(methods) + repetitions, desc=name, unit="round") as bar:
+        for method in methods:
             bar.set_postfix_str(f"memory: {method}")
             try:
                 tuned = Tuned(method, copy.deepcopy(model), batch, rank)
@@ -97,7 +99,7 @@ def draw(path: Path, results: list[dict[str, Any]]) -> None:
     labels = ("training step, multiple of LoRA's time", "model, optimizer state and step, multiple of LoRA's memory")
     panels = figure.subplots(1, 2)
     for axes, label, figure_of in zip(panels, labels, (lambda e: e["ratio_to_lora"], training_bytes), strict=True):
-        heights: dict[str, list[float | None]] = {method: [] for method in METHODS}
+        heights: dict[str, list[float | None]] = {method: [] for method in results[0]["methods"]}
         for result in results:
             lora = figure_of(result["methods"]["lora"])
             for method, entry in result["methods"].items():
@@ -105,7 +107,7 @@ def draw(path: Path, results: list[dict[str, Any]]) -> None:
         grouped_bars(axes, names, heights, label)
         axes.axhline(1, color="black", linewidth=0.8)
     handles, names = panels[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper center", ncols=len(METHODS), frameon=False)
+    figure.legend(handles, names, loc="outside upper center", ncols=len(handles), frameon=False)
     figure.savefig(path, dpi=130)
 
 
@@ -135,11 +137,17 @@ def brief(document: dict[str, Any]) -> str:
 
 
 def run(
-    builds: Sequence[Callable[[str], Workload]], device: str, rank: int, repetitions: int, out: Path, benchmark: str
+    builds: Sequence[Callable[[str], Workload]],
+    device: str,
+    rank: int,
+    repetitions: int,
+    out: Path,
+    benchmark: str,
+    methods: Sequence[str] = tuple(METHODS),
 ) -> list[dict[str, Any]]:
     """Measure the models; the table is printed, results and picture go to ``out`` under the benchmark's name."""
     quiet_libraries()
-    results = [measure(build, device, rank, repetitions) for build in builds]
+    results = [measure(build, device, rank, repetitions, methods) for build in builds]
     click.echo(table(results))
     settings = {"rank": rank, "sparsity": SPARSITY}
     document = {"settings": settings, "models": results}

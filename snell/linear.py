@@ -29,7 +29,8 @@ class SnellLinear(nn.Module):
         kernel: kernel function: ``piecewise_linear``, ``linear``, ``sigmoid`` or ``rbf``.
         groups: groups P that the rank axis splits into (the paper uses 2).
         gate: ``soft`` (the paper's), ``magnitude`` (the published code's) or ``hard`` (top-k).
-        scale: size of the kernel function's scalar parameters at the start.
+        scale: size of the kernel function's scalar parameters at the start; by default as the gate says: 3 for
+            ``soft`` and ``magnitude``, 0.1 for ``hard`` and without sparsity (``spec.DEFAULT_SCALES``).
         train_theta: whether those are trained; by default as the kernel function says.
         device, dtype: of weight and bias. The factors are float32, or float64 where dtype is.
 
@@ -57,7 +58,7 @@ class SnellLinear(nn.Module):
         kernel: str = "piecewise_linear",
         groups: int = 2,
         gate: str = "soft",
-        scale: float = 0.1,
+        scale: float | None = None,
         train_theta: bool | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -70,17 +71,19 @@ class SnellLinear(nn.Module):
         base = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
         self._build(base.weight, base.bias, Spec(rank, sparsity, kernel, groups, gate), scale, train_theta)
 
-    def _build(self, weight: Tensor, bias: Tensor | None, spec: Spec, scale: float, train_theta: bool | None) -> None:
+    def _build(
+        self, weight: Tensor, bias: Tensor | None, spec: Spec, scale: float | None, train_theta: bool | None
+    ) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.spec, self.scale = spec, scale
+        self.spec, self.scale = spec, spec.default_scale if scale is None else scale
         self.weight = weight.requires_grad_(False)
         self.bias = None if bias is None else bias.requires_grad_(False)
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         options: dict[str, Any] = {"device": weight.device, "dtype": dtype}
         if train_theta is None:
             train_theta = KERNEL_FUNCTIONS[spec.kernel].trains_theta
-        theta = spec.initial_theta(scale)
+        theta = spec.initial_theta(self.scale)
         self.snell_A = nn.Parameter(torch.empty(self.in_features, spec.rank, **options))
         self.snell_B = nn.Parameter(torch.empty(self.out_features, spec.rank, **options))
         self.snell_theta = nn.Parameter(torch.empty(len(theta), **options), requires_grad=train_theta)
@@ -97,7 +100,7 @@ class SnellLinear(nn.Module):
         kernel: str = "piecewise_linear",
         groups: int = 2,
         gate: str = "soft",
-        scale: float = 0.1,
+        scale: float | None = None,
         train_theta: bool | None = None,
     ) -> SnellLinear:
         """A layer around ``linear``'s own weight and bias, which it shares and freezes.

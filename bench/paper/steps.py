@@ -2,8 +2,8 @@
 
     snell bench steps [--device cuda]
 
-The measurement is that of ``snell bench models --model vit-b --rank 8``, on 8 images on a CPU and 64 on a GPU: SNELL
-and its peers in turns, on every linear layer of the encoder, with random weights.
+The measurement is that of ``snell bench models --model vit-b --rank 8``, on 8 images on a CPU and 64 on a GPU: SNELL,
+LoRA and the published algorithm in turns, on every linear layer of the encoder, with random weights.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def report(document: dict[str, Any]) -> str:
 @click.option("--repetitions", type=int, default=5, show_default=True, help="Timed steps of each, fewer of slow ones.")
 @out_option
 def main(device: str, repetitions: int, out: Path) -> None:
-    models.run([vit_b], device, RANK, repetitions, out, "steps")
+    models.run([vit_b], device, RANK, repetitions, out, "steps", ("snell", "lora", "published"))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,8 @@ class SnellConfig(PeftConfig):
         gate: What a survivor is multiplied by: ``soft`` (\\|K\\| - threshold, the paper's), ``magnitude`` (\\|K\\|,
             the published code's) or ``hard`` (1: plain top-k).
         scale: Size of the kernel function's scalar parameters at the start, and so of dW: it acts on the update
-            as a learning rate does.
+            as a learning rate does. None: as the gate says, 3 for ``soft`` and ``magnitude``, 0.1 for ``hard`` and
+            without sparsity.
         train_theta: Whether those scalars are trained. None: as the kernel function says (``sigmoid``, ``rbf``).
         dropout: Probability of dropping an input of the update, in training, the base layer's input staying
             whole. Above 0 training costs one more multiplication by the base weight per layer.
@@ -66,7 +67,9 @@ class SnellConfig(PeftConfig):
     )
     groups: int = field(default=2, metadata={"help": "Groups the rank axis splits into."})
     gate: str = field(default="soft", metadata={"help": "What survivors are multiplied by: soft, magnitude or hard."})
-    scale: float = field(default=0.1, metadata={"help": "Size of the kernel function's scalars at the start."})
+    scale: float | None = field(
+        default=None, metadata={"help": "Size of the kernel function's scalars at the start; None: as the gate says."}
+    )
     train_theta: bool | None = field(
         default=None, metadata={"help": "Whether those scalars are trained; None: as the kernel function says."}
     )
@@ -104,6 +107,8 @@ class SnellConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, list) else value)
+        if self.scale is None:  # settled here, so that a saved adapter says which
+            self.scale = self.spec(self.r, self.sparsity).default_scale
         # Whatever a pattern selects must stand as well as the defaults do.
         for rank in (self.r, *self.rank_pattern.values()):
             for sparsity in (self.sparsity, *self.sparsity_pattern.values()):

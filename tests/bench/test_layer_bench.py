@@ -2,6 +2,7 @@
 
 import json
 import math
+import weakref
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,18 @@ def test_saved_bytes_counts_each_storage_once_and_leaves_out_what_is_held() -> N
     # A sparse tensor is its indices, two int64 an entry here, and its values.
     sparse = torch.eye(20).to_sparse_coo()
     assert saved_bytes(lambda: torch.sparse.mm(sparse, weight), [weight]) == 20 * (2 * 8 + 4)
+
+
+def test_saved_bytes_leaves_nothing_behind() -> None:
+    x, made = torch.randn(10, requires_grad=True), []
+
+    def forward() -> torch.Tensor:
+        out = x.exp()  # kept by its own node
+        made.append(weakref.ref(out))
+        return out.sum()
+
+    assert saved_bytes(forward, []) == 40
+    assert made[0]() is None
 
 
 def test_extra_peak_sees_an_allocation_that_is_gone_at_the_end() -> None:
