@@ -126,6 +126,7 @@ def test_from_linear_shares_and_freezes():
     assert (layer.in_features, layer.out_features) == (14, 9)
     assert layer.snell_theta.tolist() == pytest.approx([0.7, 1.0, -0.7])
     assert SnellLinear.from_linear(nn.Linear(14, 9, bias=False), rank=6).bias is None
+    assert [SnellLinear(14, 9, rank=6, gate=gate).scale for gate in ("soft", "hard")] == [3.0, 1.0]
 
 
 def test_extra_repr_tells_the_settings():

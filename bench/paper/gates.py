@@ -14,9 +14,9 @@ A candidate is a gate, a scale and a sparsity; LoRA (PEFT) is one more. The prot
 
 First every gate at every scale, at sparsity 0.9. Then every gate over the sparsities, at the scale where its
 validation accuracy was best: from 0.9 up and down, each climbing the grid of rates from the one that its neighbour
-chose until the rates on both sides are worse. At sparsity 0 nothing competes, so that one row (gate "none") serves the
-gates that share a scale. Validation and test data are the same for every draw: the standard errors are of the draws
-alone.
+chose until the rates on both sides are worse. At sparsity 0 nothing competes, so that one row (gate "none", at its own
+default scale) serves all gates. Validation and test data are the same for every draw: the standard errors are of the
+draws alone.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ PLANS = {
         rates=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
         scales=(0.1, 1.0, 3.0),
         sparsities=(0.0, 0.5, 0.8, SPARSITY, 0.95, 0.99),
-        selection=(10, 11),
-        judging=(20, 21, 22, 23, 24, 25),
+        selection=(10, 11, 12, 13, 14),
+        judging=(30, 31, 32, 33, 34, 35, 36, 37),
     ),
     "text": Plan(
         rates=(1e-3, 5e-3, 3e-2),
@@ -141,7 +141,8 @@ def run(plan: Plan, measure: Measure) -> list[dict[str, Any]]:
             for outward in (below, sorted(s for s in plan.sparsities if s > SPARSITY)):
                 near = reference
                 for sparsity in outward:
-                    near = add(Candidate(gate if sparsity else "none", reference["scale"], sparsity), [near["rate"]])
+                    settings = (gate, reference["scale"]) if sparsity else ("none", spec.DEFAULT_SCALES["none"])
+                    near = add(Candidate(*settings, sparsity), [near["rate"]])
     return list(rows.values())
 
 

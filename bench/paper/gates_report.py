@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from snell.bench.record import made_by
+from snell.spec import DEFAULT_SCALES
 
 __all__ = ["WORKING", "draw", "report", "standard_error", "sweep", "working_rates"]
 
@@ -49,7 +50,7 @@ def sweep(rows: Sequence[Row]) -> dict[tuple[str, float], list[Row]]:
         if row not in reference and row["gate"] != "none":
             swept.setdefault((row["gate"], row["scale"]), [])
     for (gate, scale), found in swept.items():
-        found += [row for row in rows if row["gate"] in (gate, "none") and row["scale"] == scale]
+        found += [row for row in rows if row["gate"] == "none" or (row["gate"], row["scale"]) == (gate, scale)]
         found.sort(key=lambda row: row["sparsity"])
     return swept
 
@@ -105,7 +106,8 @@ def report(document: dict[str, Any]) -> str:
     ]
     if swept := sweep(rows):
         parts += [
-            "Test accuracy by sparsity, %, each gate at the scale and each cell at the (rate) that validation chose:",
+            "Test accuracy by sparsity, %, each gate at the scale and each cell at the (rate) that validation chose; "
+            f"at sparsity 0 nothing competes, and the scale is {DEFAULT_SCALES['none']:g}:",
             _sparsity_table(swept),
         ]
     return "\n\n".join([*parts, made_by(document)])
