@@ -1,9 +1,10 @@
-"""The layer's operations one by one on a CPU: what each takes beside its floor, and its share of the layer's step.
+"""The layer's operations one by one on a CPU: what each takes beside a copy and a GEMM, and its share of the step.
 
     snell bench operations
 
-Every operation works in the blocks that the layer works in. Its floor is the larger of two times measured in the same
-turns: copying the bytes it must read and write, and doing its multiply-adds at the rate of a GEMM.
+Every operation works in the blocks that the layer works in. Beside it stands the larger of two times measured in the
+same turns: copying the bytes that it must read and write, and a GEMM of as many floating-point instructions. That is a
+yardstick and no bound: a block may lie in a cache, and a GEMM does not reach the machine's peak.
 """
 
 from __future__ import annotations
@@ -126,7 +127,7 @@ class Layer:
 
 
 def measure(in_features: int, out_features: int, tokens: int, dtype: torch.dtype, repetitions: int) -> dict[str, Any]:
-    """Times, floors and shares of one layer's operations; ``flop_per_s`` is float32's, which K is computed in."""
+    """Times, yardsticks and shares of one layer's operations; ``flop_per_s`` is float32's, which K is computed in."""
     layer = Layer(in_features, out_features, tokens, dtype)
     operations = layer.operations()
     source, target = torch.zeros(COPIED, dtype=torch.uint8), torch.empty(COPIED, dtype=torch.uint8)
@@ -138,7 +139,7 @@ def measure(in_features: int, out_features: int, tokens: int, dtype: torch.dtype
     flop_seconds = [seconds / (2 * 1024**3) for seconds in product]
     rows = []
     for operation, taken in zip(operations, times, strict=True):
-        floors = [
+        yardsticks = [
             max(operation.moved_bytes * byte, operation.flops * flop)
             for byte, flop in zip(byte_seconds, flop_seconds, strict=True)
         ]
@@ -147,8 +148,8 @@ def measure(in_features: int, out_features: int, tokens: int, dtype: torch.dtype
                 "operation": operation.name,
                 "seconds": statistics.median(taken),
                 "share_of_step": median_ratio(taken, whole),
-                # A half-precision GEMM has its own rate, so its floor is itself.
-                "ratio_to_floor": None if operation.name.startswith("GEMM") else median_ratio(taken, floors),
+                # GEMMs of the layer's dtype are what the others are a share beside.
+                "ratio_to_yardstick": None if operation.name.startswith("GEMM") else median_ratio(taken, yardsticks),
                 "moved_bytes": operation.moved_bytes,
                 "flops": operation.flops,
             }
@@ -167,13 +168,13 @@ def measure(in_features: int, out_features: int, tokens: int, dtype: torch.dtype
 
 def table(cases: list[dict[str, Any]]) -> str:
     """A Markdown table, a row an operation."""
-    lines = ["| in x out, tokens | dtype | operation | time | of the step | of its floor |", "|" + "---|" * 6]
+    lines = ["| in x out, tokens | dtype | operation | time | of the step | of a copy or a GEMM |", "|" + "---|" * 6]
     for case in cases:
         shape = f"{case['in_features']} x {case['out_features']}, {case['tokens']} | {case['dtype']}"
         for row in case["operations"]:
-            floor = "" if row["ratio_to_floor"] is None else f"{row['ratio_to_floor']:.2f}"
+            ratio = "" if row["ratio_to_yardstick"] is None else f"{row['ratio_to_yardstick']:.2f}"
             taken = f"{row['seconds'] * 1e3:.3g} ms | {row['share_of_step']:.0%}"
-            lines.append(f"| {shape} | {row['operation']} | {taken} | {floor} |")
+            lines.append(f"| {shape} | {row['operation']} | {taken} | {ratio} |")
         together = sum(row["seconds"] for row in case["operations"])
         lines.append(
             f"| {shape} | the layer's step | {case['seconds'] * 1e3:.3g} ms | {together / case['seconds']:.0%} | |"

@@ -38,22 +38,23 @@ RATES = {
     "linear": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
     "piecewise_linear": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
 }
-#: Where losers never move, survivors have further to go; the soft gate multiplies by \|K\| once more.
-LARGER_RATES = {
+#: Where losers never move, survivors have further to go; the kernelised merge has another scale where it competes.
+COMPETING_RATES = {
     ("full-rank", "hard"): (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
-    ("piecewise_linear", "soft"): (1e-2, 3e-2, 1e-1, 3e-1, 1.0),
+    ("piecewise_linear", "hard"): (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+    ("piecewise_linear", "soft"): (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
 }
 
 
 @dataclass(frozen=True)
 class Settings:
-    """``choosing`` and ``judging`` are how many draws of labels serve either."""
+    """``choosing`` and ``judging`` are how many draws of labels serve either; scales are the layer's defaults."""
 
     steps: int = 120
     pretraining_steps: int = 700
     choosing: int = 4
     judging: int = 12
-    ranks: tuple[int, ...] = (2, 8, 16, 32)
+    ranks: tuple[int, ...] = (8, 16, 32)
     sparsity: float = 0.9
 
 
@@ -82,7 +83,7 @@ class Contender(NamedTuple):
         """The same as the demonstration takes it."""
         rates = RATES[self.matrix]
         if self.sparsity:
-            rates = LARGER_RATES.get((self.matrix, self.gate), rates)
+            rates = COMPETING_RATES.get((self.matrix, self.gate), rates)
         return Method(" ".join(str(part) for part in self if part is not None), self.build, rates)
 
 

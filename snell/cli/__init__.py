@@ -23,7 +23,7 @@ BENCHMARKS = {
     "Layers and models": {
         "layer": ("snell.bench.layer", "One layer's forward and backward beside the floor and every peer."),
         "models": ("snell.bench.models", "A whole training step through PEFT beside every peer."),
-        "operations": ("snell.bench.operations", "What a layer's operations take on a CPU, beside their floors."),
+        "operations": ("snell.bench.operations", "What a layer's operations take on a CPU, beside a copy and a GEMM."),
         "growth": ("snell.bench.growth", "How time and memory grow, beside the cost model."),
         "minilm": ("snell.bench.minilm", "A real checkpoint on real text: SNELL, LoRA, linear probe."),
         "soak": ("snell.bench.soak", "Training under random adapter events and under kill -9, beside quiet training."),
