@@ -98,7 +98,12 @@ class Layer:
         x = self.x.detach()
         products: list[Callable[[], Tensor]] = [lambda: x @ self.weight.t(), lambda: self.grad_y @ self.weight]
         products += [lambda: self.grad_y.t() @ x]
-        return lambda: [product() for product in products[:count]]
+
+        def run() -> None:
+            for product in products[:count]:
+                product()
+
+        return run
 
     def operations(self) -> list[Operation]:
         """Those that a step is made of, each with what it does in one step."""
