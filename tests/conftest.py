@@ -11,9 +11,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from seeds import SEED
 from snell import backends, memo
-
-SEED = int(os.environ.get("SNELL_TEST_SEED") or int.from_bytes(os.urandom(3), "big"))
 
 # An interpreted backend runs a program instance at a time in Python: it gets the same tests, fewer and smaller.
 INTERPRETED = frozenset({"triton"})

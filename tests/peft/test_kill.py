@@ -7,11 +7,11 @@ import pytest
 
 pytest.importorskip("tqdm")
 
-from conftest import SEED
 from deaths import save_twice_and_die
 from peft import PeftModel
 from small_models import build
 
+from seeds import SEED
 from snell.bench.kill import kill_plain, kill_trainer, newest_folder
 
 KILLS = 4

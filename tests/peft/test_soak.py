@@ -6,8 +6,7 @@ import torch
 pytest.importorskip("tqdm")
 pytest.importorskip("matplotlib")
 
-from conftest import SEED
-
+from seeds import SEED
 from snell.bench import soak_run
 from snell.bench.soak import _document
 from snell.bench.soak_events import Violation
