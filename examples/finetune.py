@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("snell-adapter"))
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--sparsity", type=float, default=0.9)
-    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--epochs", type=float, default=3)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=128, help="tokens of a text that are read")
