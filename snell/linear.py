@@ -30,7 +30,7 @@ class SnellLinear(nn.Module):
         groups: groups P that the rank axis splits into (the paper uses 2).
         gate: ``soft`` (the paper's), ``magnitude`` (the published code's) or ``hard`` (top-k).
         scale: size of the kernel function's scalar parameters at the start; by default as the gate says: 3 for
-            ``soft`` and ``magnitude``, 1 for ``hard``, 0.1 without sparsity (``spec.DEFAULT_SCALES``).
+            ``soft`` and ``magnitude``, 0.1 for ``hard`` and without sparsity (``spec.DEFAULT_SCALES``).
         train_theta: whether those are trained; by default as the kernel function says.
         device, dtype: of weight and bias. The factors are float32, or float64 where dtype is.
 

@@ -47,8 +47,9 @@ GATES = ("soft", "magnitude", "hard", "none")
 
 #: The kernel function's scale at the start, by the gate that applies. The first two multiply by \|K\| once more, so
 #: that the update is of the order of scale^2 / in_features: 3 brings LoRA's learning rates into reach
-#: (``snell bench gates``) and still starts small. Where dW is K itself, or K's survivors, less does.
-DEFAULT_SCALES = {"soft": 3.0, "magnitude": 3.0, "hard": 1.0, "none": 0.1}
+#: (``snell bench gates``) and still starts small. Where dW is K itself, anything near 1 would start by changing a layer
+#: by a good part of its weight, whatever its width.
+DEFAULT_SCALES = {"soft": 3.0, "magnitude": 3.0, "hard": 0.1, "none": 0.1}
 
 
 def num_zeroed(sparsity: float, entries: int) -> int:

@@ -96,6 +96,15 @@ def test_it_starts_as_published():
     assert layer.snell_theta.tolist() == pytest.approx([0.2, -0.2, 0.2, -0.2])
 
 
+@pytest.mark.parametrize("gate", GATES)
+def test_a_fresh_update_is_small_beside_the_weight(gate):
+    layer = SnellLinear(768, 768, gate=gate)
+    # 0.8, 2.5 and 2 % at the default scales: hard would change a fifth of the weight at a scale of 1.
+    assert 0 < layer.delta_weight().norm() < 0.05 * layer.weight.norm()
+    if gate == "soft":
+        assert layer.delta_weight().norm() < 0.01 * layer.weight.norm()
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_only_the_update_is_trained(kernel):
     layer = SnellLinear(14, 9, rank=6, kernel=kernel)
@@ -126,7 +135,7 @@ def test_from_linear_shares_and_freezes():
     assert (layer.in_features, layer.out_features) == (14, 9)
     assert layer.snell_theta.tolist() == pytest.approx([0.7, 1.0, -0.7])
     assert SnellLinear.from_linear(nn.Linear(14, 9, bias=False), rank=6).bias is None
-    assert [SnellLinear(14, 9, rank=6, gate=gate).scale for gate in ("soft", "hard")] == [3.0, 1.0]
+    assert [SnellLinear(14, 9, rank=6, gate=gate).scale for gate in ("soft", "hard")] == [3.0, 0.1]
 
 
 def test_extra_repr_tells_the_settings():

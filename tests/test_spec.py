@@ -57,7 +57,7 @@ def test_an_unknown_name_is_told_the_known_ones(choices, argument):
 
 
 def test_the_scale_at_the_start_goes_by_the_gate_that_applies():
-    assert [Spec(8, 0.9, gate=gate).default_scale for gate in ("soft", "magnitude", "hard")] == [3.0, 3.0, 1.0]
+    assert [Spec(8, 0.9, gate=gate).default_scale for gate in ("soft", "magnitude", "hard")] == [3.0, 3.0, 0.1]
     assert Spec(8, 0.0, gate="soft").default_scale == Spec(8, 0.0, gate="hard").default_scale == 0.1
 
 

@@ -44,11 +44,13 @@ COMPETING_RATES = {
     ("piecewise_linear", "hard"): (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
     ("piecewise_linear", "soft"): (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
 }
+#: Scales of the kernelised merge where it competes: those at which LoRA's rates train it (``snell bench gates``).
+COMPETING_SCALES = {"hard": 1.0, "soft": 3.0}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """``choosing`` and ``judging`` are how many draws of labels serve either; scales are the layer's defaults."""
+    """``choosing`` and ``judging`` are how many draws of labels serve either."""
 
     steps: int = 120
     pretraining_steps: int = 700
@@ -72,7 +74,8 @@ class Contender(NamedTuple):
             return DenseUpdate(linear, sparsity=self.sparsity, straight_through=self.matrix == "straight-through")
         groups = 2 if KERNEL_FUNCTIONS[self.matrix].grouped else 1
         spec = {"rank": self.rank, "sparsity": self.sparsity, "kernel": self.matrix, "groups": groups}
-        return SnellLinear.from_linear(linear, **spec, gate=self.gate)
+        scale = COMPETING_SCALES[self.gate] if self.sparsity else None
+        return SnellLinear.from_linear(linear, **spec, gate=self.gate, scale=scale)
 
     def build(self, pretrained: nn.Module) -> nn.Module:
         """The pre-trained network, frozen, with this update in every linear layer and a new head."""

@@ -32,7 +32,7 @@ class SnellConfig(PeftConfig):
         gate: What a survivor is multiplied by: ``soft`` (\\|K\\| - threshold, the paper's), ``magnitude`` (\\|K\\|,
             the published code's) or ``hard`` (1: plain top-k).
         scale: Size of the kernel function's scalar parameters at the start, and so of dW: it acts on the update
-            as a learning rate does. None: as the gate says, 3 for ``soft`` and ``magnitude``, 1 for ``hard``, 0.1
+            as a learning rate does. None: as the gate says, 3 for ``soft`` and ``magnitude``, 0.1 for ``hard`` and
             without sparsity.
         train_theta: Whether those scalars are trained. None: as the kernel function says (``sigmoid``, ``rbf``).
         dropout: Probability of dropping an input of the update, in training, the base layer's input staying

@@ -66,7 +66,7 @@ def test_a_saved_config_holds_plain_values_and_comes_back_equal(tmp_path):
 
 def test_a_config_settles_the_scale_that_it_does_not_get():
     assert SnellConfig().scale == 3.0
-    assert SnellConfig(gate="hard").scale == 1.0
+    assert SnellConfig(gate="hard").scale == 0.1
     assert SnellConfig(sparsity=0.0).scale == 0.1
     assert SnellConfig(scale=0.7).scale == 0.7
     assert SnellConfig().to_dict()["scale"] == 3.0
