@@ -53,9 +53,9 @@ def rendered(text: str) -> str:
         document = json.loads((RESULTS / f"{match[2]}.json").read_text())
         module = importlib.import_module(f"snell.bench.{REPORTS[match[2]]}")
         render = module.brief if match[3] else module.report
-        return f"{match[1]}{render(document)}{match[4]}"
+        return f"{match[1]}{render(document)}\n{match[4]}"
 
-    marked = r"(<!-- results: ([\w-]+)( brief)? -->\n).*?(\n<!-- end -->)"
+    marked = r"(<!-- results: ([\w-]+)( brief)? -->\n)(?:.*?\n)?(<!-- end -->)"
     return re.sub(marked, section, text, flags=re.DOTALL)
 
 

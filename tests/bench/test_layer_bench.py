@@ -119,6 +119,17 @@ def test_a_step_with_fewer_turns_takes_them_in_the_first_rounds() -> None:
     assert median_ratio([8.0, 9.0, 9.0], [4.0]) == 2.0
 
 
+def test_an_empty_section_is_filled_and_takes_nothing_of_the_next() -> None:
+    empty = "<!-- results: resources -->\n<!-- end -->\nbetween\n"
+    page = rendered(empty + "<!-- results: layer-cpu brief -->\nold\n<!-- end -->\nlast")
+    first, rest = page.split("\n<!-- end -->\nbetween\n")
+    assert first.startswith("<!-- results: resources -->\n| kernel |")
+    assert rest.startswith("<!-- results: layer-cpu brief -->\n| in x out, tokens |")
+    assert rest.endswith("\n<!-- end -->\nlast")
+    assert "old" not in rest
+    assert rendered(page) == page
+
+
 def test_the_pages_repeat_the_results() -> None:
     for page in pages():
         text = page.read_text()
