@@ -55,7 +55,7 @@ def rendered(text: str) -> str:
         render = module.brief if match[3] else module.report
         return f"{match[1]}{render(document)}\n{match[4]}"
 
-    marked = r"(<!-- results: ([\w-]+)( brief)? -->\n)(?:.*?\n)?(<!-- end -->)"
+    marked = r"(<!-- results: ([\w-]+)( brief)? -->\n)(?:.*?\n)??(<!-- end -->)"
     return re.sub(marked, section, text, flags=re.DOTALL)
 
 
