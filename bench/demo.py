@@ -154,8 +154,16 @@ def report(document: dict[str, Any]) -> str:
     results = [Result(**{field.name: row[field.name] for field in fields(Result)}) for row in document["methods"]]
     for result in results:  # JSON turns the rates, which are keys, into strings
         result.trials = {float(rate): accuracy for rate, accuracy in result.trials.items()}
-    before = f"before tuning {document['target_accuracy_before_tuning']:.1f} %"
-    return f"{table(results)}\n\n{made_by(document)} Mean and standard deviation over the seeds; {before}."
+    settings, before = document["settings"], document["target_accuracy_before_tuning"]
+    shown = {
+        "labels a class": settings["labels_per_class"],
+        "steps": settings["steps"],
+        "draws": len(settings["seeds"]),
+    }
+    return (
+        f"{table(results)}\n\nMean and standard deviation over the draws of labels; before tuning {before:.1f} %. "
+        f"{settings['methods']}\n\n{made_by(document | {'settings': shown})}"
+    )
 
 
 @click.command(help=__doc__)
