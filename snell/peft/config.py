@@ -67,8 +67,9 @@ class SnellConfig(PeftConfig):
     )
     groups: int = field(default=2, metadata={"help": "Groups the rank axis splits into."})
     gate: str = field(default="soft", metadata={"help": "What survivors are multiplied by: soft, magnitude or hard."})
-    scale: float | None = field(
-        default=None, metadata={"help": "Size of the kernel function's scalars at the start; None: as the gate says."}
+    scale: float = field(  # None until __post_init__ settles it
+        default=None,  # type: ignore[assignment]
+        metadata={"help": "Size of the kernel function's scalars at the start; None: as the gate says."},
     )
     train_theta: bool | None = field(
         default=None, metadata={"help": "Whether those scalars are trained; None: as the kernel function says."}
