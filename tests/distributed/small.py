@@ -18,7 +18,9 @@ def model() -> PeftModel:
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     sizes = {"hidden_size": 24, "num_hidden_layers": 2, "intermediate_size": 36}
     base = tf.LlamaForCausalLM(tf.LlamaConfig(vocab_size=VOCABULARY, **sizes, **heads))
-    return get_peft_model(base, SnellConfig(r=4, target_modules="all-linear", init_weights=False, kernel="rbf"))
+    return get_peft_model(
+        base, SnellConfig(r=4, target_modules="all-linear", init_weights=False, kernel="rbf", scale=0.1)
+    )
 
 
 def batch(rank: int = 0, processes: int = 1) -> dict[str, torch.Tensor]:

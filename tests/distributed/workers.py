@@ -151,7 +151,7 @@ def tensor_parallel() -> None:
 def tensor_parallel_before_peft() -> None:
     base = _parallel(model().unload())
     torch.manual_seed(dist.get_rank())  # the factors agree though the processes' generators do not
-    module = get_peft_model(base, SnellConfig(r=4, target_modules="all-linear", init_weights=False))
+    module = get_peft_model(base, SnellConfig(r=4, target_modules="all-linear", init_weights=False, scale=0.1))
     twin = get_peft_model(model().unload(), copy.deepcopy(module.peft_config["default"]))
     twin.load_state_dict(factors(module), strict=False)
     assert_losses(train(module, batch()), train(twin, batch()))

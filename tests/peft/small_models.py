@@ -73,7 +73,7 @@ def batch(name: str, samples: int = 3) -> dict[str, torch.Tensor]:
 
 def config(**settings) -> SnellConfig:
     """Every linear layer, with an update that shows."""
-    return SnellConfig(**{"r": 4, "target_modules": "all-linear", "init_weights": False, **settings})
+    return SnellConfig(**{"r": 4, "target_modules": "all-linear", "init_weights": False, "scale": 0.1, **settings})
 
 
 def adapted(name: str, **settings) -> tuple[PeftModel, tf.PreTrainedModel]:
