@@ -5,7 +5,7 @@
 all-MiniLM-L6-v2 (22 million parameters, from that package) reads docstrings of this Python's own standard library
 and is tuned by transformers' Trainer: SNELL on every linear layer, LoRA on the same, and a linear probe. Each method
 takes the same steps at each of its learning rates; validation accuracy chooses one, the test set judges it.
-What a step costs is measured by bench.peft_models, where methods take turns.
+What a step costs is measured by bench.models, where methods take turns.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Launch parameters by architecture and operation, with the reason beside each row.
 
 Chosen from the compiler's own figures (registers, no spill, instructions an entry), not from timings.
-``python -m bench.tune`` times the candidates on a GPU and prints a new row.
+``snell bench tune`` times the candidates on a GPU and prints a new row.
 """
 
 from __future__ import annotations
