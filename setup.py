@@ -65,7 +65,17 @@ class PlatformWheel(bdist_wheel):
 
 DEPENDS = [f"csrc/{name}.h" for name in ("api", "simd", "kappa", "tiles", "merge")]
 
-PACKAGES = ["snell", "snell.backends", "snell.bench", "snell.bench.paper", "snell.cli", "snell.kernels", "snell.peft"]
+PACKAGES = [
+    "snell",
+    "snell.backends",
+    "snell.bench",
+    "snell.bench.paper",
+    "snell.cli",
+    "snell.competition",
+    "snell.kernels",
+    "snell.peft",
+    "snell.testing",
+]
 
 setup(
     packages=PACKAGES,

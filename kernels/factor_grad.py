@@ -27,6 +27,8 @@ from torch import Tensor
 from snell.kernels import launch
 from snell.kernels.kappa import gate_value, kernel_value, pair_statistic, pair_statistics, statistic_slope, theta_slope
 from snell.kernels.merge import add_update, tile_indices, tile_pointers
+from snell.spec import Spec
+from snell.update import Gradients, Update
 
 #: Shares of one band. Small beside a 40 MiB L2 cache, yet 650 tiles of work at r = 32.
 WORKSPACE_BYTES = 8 * 2**20
@@ -44,33 +46,29 @@ def _leave_shares(
     H,
     statistic,
     p,
-    a_ptr,
-    b_ptr,
+    factors,
     theta_ptr,
-    a_stride,
-    b_stride,
-    share_a_ptr,
-    share_b_ptr,
-    share_theta_ptr,
-    rows,
-    cols,
-    row_mask,
-    col_mask,
+    shares,
+    tile,
     NUM_THETA: tl.constexpr,
     RANK: tl.constexpr,
-    COUNT: tl.constexpr,
+    GROUPS: tl.constexpr,
+    STATISTIC: tl.constexpr,
     KERNEL: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     """This tile's share of theta's gradient and of both products, for the columns of group p."""
-    if KERNEL == "piecewise_linear":
+    b_ptr, a_ptr, b_stride, a_stride = factors
+    share_a_ptr, share_b_ptr, share_theta_ptr = shares
+    rows, cols, row_mask, col_mask = tile
+    COUNT: tl.constexpr = RANK // GROUPS
+    if NUM_THETA == GROUPS:
         tl.store(share_theta_ptr + p, tl.sum(theta_slope(H, statistic, theta_ptr, 0, KERNEL)))
     else:
         for t in tl.static_range(NUM_THETA):
             tl.store(share_theta_ptr + t, tl.sum(theta_slope(H, statistic, theta_ptr, t, KERNEL)))
     C = statistic_slope(H, statistic, theta_ptr, p, KERNEL)
-    DISTANCE: tl.constexpr = KERNEL == "piecewise_linear" or KERNEL == "rbf"
     cols, col_mask = tl.trans(cols), tl.trans(col_mask)
     # No stages: what would be loaded ahead is more than the registers hold beside C.
     for start in tl.range(0, COUNT, BLOCK_R, num_stages=1):
@@ -81,11 +79,11 @@ def _leave_shares(
         a = tl.load(a_ptr + cols + k * a_stride, a_mask, 0.0)
         grad_b = tl.dot(C, a, input_precision=PRECISION)
         b = tl.load(b_ptr + rows + k * b_stride, b_mask, 0.0)
-        if DISTANCE:
+        if STATISTIC != "dot":
             grad_b = tl.sum(C, 1)[:, None] * b - grad_b
         tl.store(share_b_ptr + rows.to(tl.int64) * RANK + k, grad_b, b_mask)
         grad_a = tl.dot(tl.trans(C), b, input_precision=PRECISION)
-        if DISTANCE:
+        if STATISTIC != "dot":
             grad_a = tl.sum(C, 0)[:, None] * a - grad_a
         tl.store(share_a_ptr + cols.to(tl.int64) * RANK + k, grad_a, a_mask)
 
@@ -117,6 +115,7 @@ def factor_grad_kernel(
     NUM_THETA: tl.constexpr,
     RANK: tl.constexpr,
     GROUPS: tl.constexpr,
+    STATISTIC: tl.constexpr,
     KERNEL: tl.constexpr,
     GATE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -125,9 +124,11 @@ def factor_grad_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """Shares: A's ``[row tiles, n, RANK]``, B's ``[column tiles, m, RANK]``, theta's ``[tiles, NUM_THETA]``."""
-    tile = tl.program_id(0)
-    rows, cols, row_mask, col_mask = tile_indices(tile, m, n, BLOCK_M, BLOCK_N)
-    statistics = pair_statistics(b_ptr, a_ptr, b_stride, a_stride, rows, cols, row_mask, col_mask, RANK, GROUPS, KERNEL)
+    program = tl.program_id(0)
+    tile = tile_indices(program, m, n, BLOCK_M, BLOCK_N)
+    rows, cols, row_mask, col_mask = tile
+    factors = b_ptr, a_ptr, b_stride, a_stride
+    statistics = pair_statistics(factors, tile, RANK, GROUPS, STATISTIC)
     K = kernel_value(statistics, theta_ptr, KERNEL)
     gate = gate_value(K, tau_ptr, GATE)
     mask = row_mask & col_mask
@@ -146,25 +147,22 @@ def factor_grad_kernel(
     # Padding has factors of 0, and so may have a K of its own: its H must not count.
     H = tl.where(mask, H, 0.0)
     across = tl.cdiv(n, BLOCK_N)
-    share_a_ptr += (tile // across).to(tl.int64) * n * RANK
-    share_b_ptr += (tile % across).to(tl.int64) * m * RANK
-    share_theta_ptr += tile.to(tl.int64) * NUM_THETA
-    NUM: tl.constexpr = GROUPS if KERNEL == "piecewise_linear" else 1
-    COUNT: tl.constexpr = RANK // NUM
-    if NUM <= HELD:
-        for p in tl.static_range(NUM):
+    share_a_ptr += (program // across).to(tl.int64) * n * RANK
+    share_b_ptr += (program % across).to(tl.int64) * m * RANK
+    share_theta_ptr += program.to(tl.int64) * NUM_THETA
+    shares = share_a_ptr, share_b_ptr, share_theta_ptr
+    if GROUPS <= HELD:
+        for p in tl.static_range(GROUPS):
             _leave_shares(
-                H, statistics[p], p, a_ptr, b_ptr, theta_ptr, a_stride, b_stride, share_a_ptr, share_b_ptr,
-                share_theta_ptr, rows, cols, row_mask, col_mask, NUM_THETA, RANK, COUNT, KERNEL, PRECISION, BLOCK_R,
+                H, statistics[p], p, factors, theta_ptr, shares, tile, NUM_THETA, RANK, GROUPS, STATISTIC, KERNEL,
+                PRECISION, BLOCK_R,
             )  # fmt: skip
     else:
-        for p in tl.range(NUM, num_stages=1):
-            statistic = pair_statistic(
-                b_ptr, a_ptr, b_stride, a_stride, rows, cols, row_mask, col_mask, p, RANK, GROUPS, KERNEL
-            )
+        for p in tl.range(GROUPS, num_stages=1):
+            statistic = pair_statistic(factors, tile, p, RANK, GROUPS, STATISTIC)
             _leave_shares(
-                H, statistic, p, a_ptr, b_ptr, theta_ptr, a_stride, b_stride, share_a_ptr, share_b_ptr,
-                share_theta_ptr, rows, cols, row_mask, col_mask, NUM_THETA, RANK, COUNT, KERNEL, PRECISION, BLOCK_R,
+                H, statistic, p, factors, theta_ptr, shares, tile, NUM_THETA, RANK, GROUPS, STATISTIC, KERNEL,
+                PRECISION, BLOCK_R,
             )  # fmt: skip
 
 
@@ -208,37 +206,24 @@ def add_shares_kernel(
         _add_shares(share_theta_ptr, grad_theta_ptr, start, size_theta, shares_a * shares_b, OUTPUTS, SHARES)
 
 
-def block_r(rank: int, groups: int, kernel: str) -> int:
+def block_r(spec: Spec) -> int:
     """Columns of the factors one product covers: 16 is the least a matrix instruction takes."""
-    count = rank // groups if kernel == "piecewise_linear" else rank
-    return 16 if count <= 16 else 32
+    return 16 if spec.rank // spec.num_statistics <= 16 else 32
 
 
 def factor_grad(
-    G: Tensor,
-    A: Tensor,
-    B: Tensor,
-    theta: Tensor,
-    tau: Tensor,
-    weight: Tensor | None,
-    merged: Tensor | None,
-    grad_A: Tensor,
-    grad_B: Tensor,
-    grad_theta: Tensor,
-    kernel: str,
-    groups: int,
-    gate: str,
+    G: Tensor, update: Update, grads: Gradients, weight: Tensor | None = None, merged: Tensor | None = None
 ) -> None:
-    """``snell::factor_grad`` with float32 factors; G, weight and merged may have any strides."""
-    (m, n), rank = G.shape, A.shape[1]
-    many = kernel == "piecewise_linear" and groups > 2
-    row = launch.row("factor_grad_many" if many else "factor_grad", G)
+    """Add to ``grads``, with float32 factors; G, weight and merged may have any strides."""
+    A, B, theta, tau, spec = update
+    (m, n), rank = G.shape, spec.rank
+    row = launch.row("factor_grad_many" if spec.num_statistics > 2 else "factor_grad", G)
     A, B = launch.k_major(A), launch.k_major(B)
     across = -(-n // row.block_n)
     # Numbers one band of block_m rows leaves behind, and how many bands a workspace holds.
     band = row.block_m * rank * across + n * rank + across * theta.numel()
     height = row.block_m * max(1, WORKSPACE_BYTES // (4 * band))
-    if not (grad_A.is_contiguous() and grad_B.is_contiguous()):
+    if not (grads.A.is_contiguous() and grads.B.is_contiguous()):
         raise ValueError("grad_A and grad_B must be contiguous")
     for start in range(0, m, height):
         stop = min(start + height, m)
@@ -257,21 +242,19 @@ def factor_grad(
             HAS_WEIGHT=weight is not None,
             HAS_MERGED=merged is not None,
             NUM_THETA=theta.numel(),
-            RANK=rank,
-            GROUPS=groups,
-            KERNEL=kernel,
-            GATE=gate,
+            GATE=spec.gate,
             PRECISION="tf32" if G.element_size() == 2 else "tf32x3",
-            BLOCK_R=block_r(rank, groups, kernel),
+            BLOCK_R=block_r(spec),
             BLOCK_M=row.block_m,
             BLOCK_N=row.block_n,
+            **launch.meta(spec),
         )
-        grads = grad_A, grad_B[start:stop], grad_theta
-        sizes = [grad.numel() for grad in grads]
+        band_grads = grads.A, grads.B[start:stop], grads.theta
+        sizes = [grad.numel() for grad in band_grads]
         launch.run(
             add_shares_kernel,
             sum(-(-size // REDUCE_OUTPUTS) for size in sizes),
-            (*shares, *grads, *sizes, down, across),
+            (*shares, *band_grads, *sizes, down, across),
             OUTPUTS=REDUCE_OUTPUTS,
             SHARES=REDUCE_SHARES,
         )

@@ -16,6 +16,7 @@ from torch import Tensor
 from snell.kernels import launch
 from snell.kernels.kappa import gate_value, kernel_value, pair_statistics
 from snell.kernels.merge import add_update, tile_pointers
+from snell.update import Update
 
 #: Tokens of one product: what a matrix instruction takes at least, and the most this kernel serves.
 TOKENS = 16
@@ -43,6 +44,7 @@ def few_tokens_kernel(
     still,
     RANK: tl.constexpr,
     GROUPS: tl.constexpr,
+    STATISTIC: tl.constexpr,
     KERNEL: tl.constexpr,
     GATE: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
@@ -62,9 +64,8 @@ def few_tokens_kernel(
         col_mask = cols < n
         # By 0, which the compiler cannot know: or it keeps every number of B's rows in registers, and spills.
         rows += still
-        statistics = pair_statistics(
-            b_ptr, a_ptr, b_stride, a_stride, rows, cols, row_mask, col_mask, RANK, GROUPS, KERNEL
-        )
+        factors, indices = (b_ptr, a_ptr, b_stride, a_stride), (rows, cols, row_mask, col_mask)
+        statistics = pair_statistics(factors, indices, RANK, GROUPS, STATISTIC)
         K = kernel_value(statistics, theta_ptr, KERNEL)
         gate = gate_value(K, tau_ptr, GATE)
         if HAS_WEIGHT:
@@ -96,19 +97,9 @@ def add_splits_kernel(split_ptr, bias_ptr, y_ptr, splits, size, m, HAS_BIAS: tl.
     tl.store(y_ptr + i, total.to(y_ptr.dtype.element_ty), i < size)
 
 
-def linear_few(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    theta: Tensor,
-    tau: Tensor,
-    kernel: str,
-    groups: int,
-    gate: str,
-) -> Tensor:
+def linear_few(x: Tensor, weight: Tensor | None, bias: Tensor | None, update: Update) -> Tensor:
     """y [tokens, m] of ``x [tokens, n]``, tokens <= TOKENS, with float32 factors and x below float64."""
+    A, B, theta, tau, spec = update
     (tokens, n), m = x.shape, B.shape[0]
     row = launch.row("few_tokens", x)
     x, A, B = x.contiguous(), launch.k_major(A), launch.k_major(B)
@@ -122,15 +113,13 @@ def linear_few(
         (down, splits),
         (x, A, B, theta, tau, source, sums, A.stride(1), B.stride(1), *source.stride(), tokens, m, n, 0),
         row,
-        RANK=A.shape[1],
-        GROUPS=groups,
-        KERNEL=kernel,
-        GATE=gate,
+        GATE=spec.gate,
         HAS_WEIGHT=weight is not None,
         PRECISION="tf32" if x.element_size() == 2 else "tf32x3",
         TOKENS=TOKENS,
         BLOCK_M=row.block_m,
         BLOCK_N=row.block_n,
+        **launch.meta(spec),
     )
     launch.run(
         add_splits_kernel,

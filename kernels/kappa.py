@@ -1,20 +1,18 @@
 """Kernel functions on the device: pair statistic, scalar function, gate. Every kernel calls these.
 
-K of an entry has the same bits in every kernel, because here stands all that may decide them: the rank
-axis is summed entry by entry in ascending order with explicit fused multiply-adds, so neither the tile
-nor the position in it nor the layout changes the order, and every launch turns the compiler's own fusing
-off (``enable_fp_fusion=False``), so nothing around a call changes its rounding.
+K of an entry has the same bits in every kernel. All that decides them is in this file: the rank axis is summed in
+ascending order with explicit fused multiply-adds, so neither the tile nor an entry's place in it changes the order,
+and every launch turns the compiler's own fusing off (``enable_fp_fusion=False``).
 
-Distances are summed as ``(b - a)^2``. ``|b|^2 + |a|^2 - 2 a.b`` on tensor cores would be cheaper, but it
-cancels where b is near a (an absolute error of 1e-7 (|a|^2 + |b|^2) under a square root), its bits depend
-on the instruction a tile shape gets, and splitting, norms and a guard against the cancellation take back
-much of what the tensor core saves. The price: 2 r operations an entry, 15e9 at 28672 x 8192 and r = 32, on lanes
-that by the datasheets do some thirtieth of what the tensor cores do; one GEMM of 8192 tokens takes 1.9e12
-multiply-adds of those. A dot product is half of it.
+Distances are summed as ``(b - a)^2``. ``|b|^2 + |a|^2 - 2 a.b`` on tensor cores would be cheaper, but it cancels where
+b is near a (an absolute error of 1e-7 (|a|^2 + |b|^2) under a square root), its bits depend on the instruction a tile
+shape gets, and splitting, norms and a guard against the cancellation take back much of what the tensor core saves.
+The price is 2 r operations an entry on the fp32 lanes: 15e9 at 28672 x 8192 and r = 32, beside 1.9e12 multiply-adds
+of one GEMM of 8192 tokens on tensor cores, which are some thirty times as fast. A dot product is half of it.
 
-Factors come k-major (one column of the rank axis contiguous, see ``launch.k_major``): a load of one k is
-then coalesced and 16 bytes wide. Up to a rank of UNROLLED the loop is unrolled, which lets the compiler
-give K the layout of the tile it is combined with; no value crosses shared memory.
+Factors come k-major (one column of the rank axis contiguous, see ``launch.k_major``): a load of one k is coalesced and
+16 bytes wide. Up to a rank of UNROLLED the loop is unrolled, which lets the compiler give K the layout of the tile it
+is combined with; no value crosses shared memory.
 """
 
 from __future__ import annotations
@@ -22,86 +20,46 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+#: The statistic each kernel function reads: ``dot`` (b . a), ``square`` (|b - a|^2) or ``norm`` (|b - a|).
+STATISTICS = {"piecewise_linear": "norm", "linear": "dot", "sigmoid": "dot", "rbf": "square"}
+
 #: The rank up to which loops are unrolled whole: 64 columns are already 80 kB of code.
 UNROLLED = tl.constexpr(64)
 
 
 @triton.jit
-def _pair_statistic(
-    b_ptr,
-    a_ptr,
-    b_stride,
-    a_stride,
-    row_mask,
-    col_mask,
-    first,
-    COUNT: tl.constexpr,
-    RANK: tl.constexpr,
-    DISTANCE: tl.constexpr,
-):
-    """Squared distance or dot product of columns first : first + COUNT."""
+def pair_statistic(factors, tile, p, RANK: tl.constexpr, GROUPS: tl.constexpr, STATISTIC: tl.constexpr):
+    """The statistic of group p.
+
+    ``factors``: pointers to B and A and their strides from one rank column to the next. ``tile``: rows, columns and
+    their masks; ``rows [M, 1]`` and ``cols [1, N]`` give [M, N] of every pair, equal shapes the pairs themselves.
+    """
+    b_ptr, a_ptr, b_stride, a_stride = factors
+    rows, cols, row_mask, col_mask = tile
+    COUNT: tl.constexpr = RANK // GROUPS
     acc = tl.zeros((row_mask & col_mask).shape, tl.float32)
-    b_ptr += first * b_stride
-    a_ptr += first * a_stride
+    b_ptr = b_ptr + rows + p * COUNT * b_stride
+    a_ptr = a_ptr + cols + p * COUNT * a_stride
     for _ in tl.range(COUNT, loop_unroll_factor=COUNT if RANK <= UNROLLED else 4):
         b = tl.load(b_ptr, row_mask, 0.0)
         a = tl.load(a_ptr, col_mask, 0.0)
         # Step by step: a loop over tiles would otherwise keep every multiple of the strides in registers.
         b_ptr += b_stride
         a_ptr += a_stride
-        if DISTANCE:
+        if STATISTIC == "dot":
+            acc = tl.fma(tl.broadcast_to(b, acc.shape), tl.broadcast_to(a, acc.shape), acc)
+        else:
             d = b - a
             acc = tl.fma(d, d, acc)
-        else:
-            acc = tl.fma(tl.broadcast_to(b, acc.shape), tl.broadcast_to(a, acc.shape), acc)
-    return acc
+    return tl.sqrt(acc) if STATISTIC == "norm" else acc
 
 
 @triton.jit
-def pair_statistic(
-    b_ptr,
-    a_ptr,
-    b_stride,
-    a_stride,
-    rows,
-    cols,
-    row_mask,
-    col_mask,
-    p,
-    RANK: tl.constexpr,
-    GROUPS: tl.constexpr,
-    KERNEL: tl.constexpr,
-):
-    """The norm of group p, the squared distance (rbf) or the dot product.
-
-    ``rows [M, 1]`` and ``cols [1, N]`` give [M, N] of every pair; of equal shape they give the pairs themselves.
-    """
-    DISTANCE: tl.constexpr = KERNEL == "piecewise_linear" or KERNEL == "rbf"
-    COUNT: tl.constexpr = RANK // GROUPS if KERNEL == "piecewise_linear" else RANK
-    s = _pair_statistic(
-        b_ptr + rows, a_ptr + cols, b_stride, a_stride, row_mask, col_mask, p * COUNT, COUNT, RANK, DISTANCE
-    )
-    return tl.sqrt(s) if KERNEL == "piecewise_linear" else s
-
-
-@triton.jit
-def pair_statistics(
-    b_ptr,
-    a_ptr,
-    b_stride,
-    a_stride,
-    rows,
-    cols,
-    row_mask,
-    col_mask,
-    RANK: tl.constexpr,
-    GROUPS: tl.constexpr,
-    KERNEL: tl.constexpr,
-):
-    """A tuple of all that K reads: one statistic a group, or one."""
+def pair_statistics(factors, tile, RANK: tl.constexpr, GROUPS: tl.constexpr, STATISTIC: tl.constexpr):
+    """A tuple of all that K reads."""
     statistics = ()
-    for p in tl.static_range(GROUPS if KERNEL == "piecewise_linear" else 1):
-        s = pair_statistic(b_ptr, a_ptr, b_stride, a_stride, rows, cols, row_mask, col_mask, p, RANK, GROUPS, KERNEL)
+    for p in tl.static_range(GROUPS):
+        s = pair_statistic(factors, tile, p, RANK, GROUPS, STATISTIC)
         statistics = statistics + (s,)  # noqa: RUF005 (Triton's tuples have no unpacking)
     return statistics
 
@@ -146,7 +104,7 @@ def gate_value(K, tau_ptr, GATE: tl.constexpr):
 
 @triton.jit
 def theta_slope(H, statistic, theta_ptr, t: tl.constexpr, KERNEL: tl.constexpr):
-    """H * dK/dtheta_t; every theta of piecewise_linear has the slope of t = 0, by its own group's statistic."""
+    """H * dK/dtheta_t; a kernel function of groups has one theta a group, whose slope is that of t = 0."""
     if KERNEL == "piecewise_linear":
         return H * statistic
     if t == 2:

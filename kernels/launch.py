@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from snell.kernels.kappa import STATISTICS
 from snell.kernels.table import TABLE, Row
+from snell.spec import Spec
 
 
 def k_major(factor: Tensor) -> Tensor:
@@ -38,6 +40,12 @@ def row(operation: str, like: Tensor) -> Row:
     arch = _architecture(like.device.index) if like.is_cuda else 90
     known = [a for a in TABLE if a <= arch]
     return TABLE[max(known) if known else min(TABLE)][operation]
+
+
+def meta(spec: Spec) -> dict[str, Any]:
+    """What the device functions of ``kappa`` are compiled for."""
+    groups, statistic = spec.num_statistics, STATISTICS[spec.kernel]
+    return {"RANK": spec.rank, "GROUPS": groups, "STATISTIC": statistic, "KERNEL": spec.kernel}
 
 
 def tiles(m: int, n: int, row: Row) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from snell.kernels import launch
 from snell.kernels.kappa import gate_value, kernel_value, pair_statistics
+from snell.update import Update
 
 
 @triton.jit
@@ -59,13 +60,15 @@ def merge_kernel(
     HAS_WEIGHT: tl.constexpr,
     RANK: tl.constexpr,
     GROUPS: tl.constexpr,
+    STATISTIC: tl.constexpr,
     KERNEL: tl.constexpr,
     GATE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    rows, cols, row_mask, col_mask = tile_indices(tl.program_id(0), m, n, BLOCK_M, BLOCK_N)
-    statistics = pair_statistics(b_ptr, a_ptr, b_stride, a_stride, rows, cols, row_mask, col_mask, RANK, GROUPS, KERNEL)
+    tile = tile_indices(tl.program_id(0), m, n, BLOCK_M, BLOCK_N)
+    rows, cols, row_mask, col_mask = tile
+    statistics = pair_statistics((b_ptr, a_ptr, b_stride, a_stride), tile, RANK, GROUPS, STATISTIC)
     K = kernel_value(statistics, theta_ptr, KERNEL)
     gate = gate_value(K, tau_ptr, GATE)
     mask = row_mask & col_mask
@@ -78,20 +81,10 @@ def merge_kernel(
     tl.store(tile_pointers(out_ptr, rows, cols, out_row_stride, out_col_stride), merged, mask)
 
 
-def merge_out(
-    A: Tensor,
-    B: Tensor,
-    theta: Tensor,
-    tau: Tensor,
-    weight: Tensor | None,
-    out: Tensor,
-    kernel: str,
-    groups: int,
-    gate: str,
-) -> None:
-    """``snell::merge_out`` with float32 factors; ``weight`` and ``out`` may have any strides."""
-    m, n = out.shape
-    A, B = launch.k_major(A), launch.k_major(B)
+def merge(update: Update, weight: Tensor | None, out: Tensor) -> None:
+    """``weight + dW`` or dW into ``out``, with float32 factors; both may have any strides."""
+    A, B, theta, tau, spec = update
+    (m, n), A, B = out.shape, launch.k_major(A), launch.k_major(B)
     source = out if weight is None else weight
     row = launch.row("merge", out)
     launch.run(
@@ -100,10 +93,8 @@ def merge_out(
         (A, B, theta, tau, source, out, A.stride(1), B.stride(1), *source.stride(), *out.stride(), m, n),
         row,
         HAS_WEIGHT=weight is not None,
-        RANK=A.shape[1],
-        GROUPS=groups,
-        KERNEL=kernel,
-        GATE=gate,
+        GATE=spec.gate,
         BLOCK_M=row.block_m,
         BLOCK_N=row.block_n,
+        **launch.meta(spec),
     )

@@ -25,6 +25,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from snell.kernels.fingerprint import hash_bits
 from snell.kernels.kappa import kernel_value, pair_statistics
 from snell.kernels.merge import tile_indices
 
@@ -42,8 +43,9 @@ _FIELDS = tl.constexpr(len(FIELDS))
 
 #: Head of a layer's state, in int64, before its bins: the bracket (inclusive), log2 of the keys in a bin or
 #: -1 once tau is known, the three counts of a pass, and the factors' hash.
-HEAD = 8
-_LO, _HI, _SHIFT, _BELOW, _AT_LO, _AT_HI, _HASH = (tl.constexpr(i) for i in range(7))
+HEAD, HASH = 8, 6
+_LO, _HI, _SHIFT, _BELOW, _AT_LO, _AT_HI = (tl.constexpr(i) for i in range(6))
+_HASH = tl.constexpr(HASH)
 _HEAD = tl.constexpr(HEAD)
 
 
@@ -56,20 +58,18 @@ def _layer(table_ptr, state_ptr, memo_ptr, layer, BINS: tl.constexpr):
 
 @triton.jit
 def _keys(
-    factors_ptr,
+    factors,
     theta_ptr,
     row_ptr,
-    stride,
-    rows,
-    cols,
-    row_mask,
-    col_mask,
+    tile,
     RANK: tl.constexpr,
     GROUPS: tl.constexpr,
+    STATISTIC: tl.constexpr,
     KERNEL: tl.constexpr,
 ):
-    a_ptr, b_ptr = factors_ptr + tl.load(row_ptr + _A), factors_ptr + tl.load(row_ptr + _B)
-    statistics = pair_statistics(b_ptr, a_ptr, stride, stride, rows, cols, row_mask, col_mask, RANK, GROUPS, KERNEL)
+    factors_ptr, stride = factors
+    factors = factors_ptr + tl.load(row_ptr + _B), factors_ptr + tl.load(row_ptr + _A), stride, stride
+    statistics = pair_statistics(factors, tile, RANK, GROUPS, STATISTIC)
     K = kernel_value(statistics, theta_ptr + tl.load(row_ptr + _THETA), KERNEL)
     return K.to(tl.int32, bitcast=True) & _LARGEST
 
@@ -95,20 +95,6 @@ def _set_bracket(state_ptr, lo, hi, BINS: tl.constexpr):
 
 
 @triton.jit
-def _mix(x):
-    """splitmix64's finaliser."""
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
-    return x ^ (x >> 31)
-
-
-@triton.jit
-def _hash_bits(x, position, mask):
-    bits = x.to(tl.uint32, bitcast=True).to(tl.uint64)
-    return tl.where(mask, _mix((position.to(tl.uint64) << 32) ^ bits), 0)
-
-
-@triton.jit
 def fingerprint_kernel(
     factors_ptr,
     theta_ptr,
@@ -130,10 +116,10 @@ def fingerprint_kernel(
         total = tl.zeros([BLOCK], tl.uint64)
         for k in range(RANK):
             x = tl.load(factors_ptr + tl.load(row_ptr + _A) + k * stride + i, i < length, 0.0)
-            total += _hash_bits(x, i * RANK + k, i < length)
+            total += hash_bits(x, i * RANK + k, i < length)
         if NUM_THETA > 0:
             mask = i < NUM_THETA
-            total += _hash_bits(tl.load(theta_ptr + tl.load(row_ptr + _THETA) + i, mask, 0.0), -1 - i, mask)
+            total += hash_bits(tl.load(theta_ptr + tl.load(row_ptr + _THETA) + i, mask, 0.0), -1 - i, mask)
         tl.atomic_add(state_ptr + _HASH, tl.sum(total).to(tl.int64), sem="relaxed")
 
 
@@ -163,6 +149,7 @@ def sample_kernel(
     SAMPLES: tl.constexpr,
     RANK: tl.constexpr,
     GROUPS: tl.constexpr,
+    STATISTIC: tl.constexpr,
     KERNEL: tl.constexpr,
     BINS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -176,7 +163,8 @@ def sample_kernel(
         rows = draw_row.to(tl.uint32, bitcast=True).to(tl.int64) % tl.load(row_ptr + _M)
         cols = draw_col.to(tl.uint32, bitcast=True).to(tl.int64) % tl.load(row_ptr + _N)
         mask = i < samples
-        keys = _keys(factors_ptr, theta_ptr, row_ptr, stride, rows, cols, mask, mask, RANK, GROUPS, KERNEL)
+        tile = rows, cols, mask, mask
+        keys = _keys((factors_ptr, stride), theta_ptr, row_ptr, tile, RANK, GROUPS, STATISTIC, KERNEL)
         tl.store(sample_ptr + tl.program_id(1).to(tl.int64) * SAMPLES + i, keys, mask)
 
 
@@ -208,6 +196,7 @@ def count_kernel(
     stride,
     RANK: tl.constexpr,
     GROUPS: tl.constexpr,
+    STATISTIC: tl.constexpr,
     KERNEL: tl.constexpr,
     BINS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -225,9 +214,9 @@ def count_kernel(
         at_lo = tl.zeros([BLOCK_N], tl.int32)
         at_hi = tl.zeros([BLOCK_N], tl.int32)
         for tile in range(tl.program_id(0), tl.cdiv(m, BLOCK_M) * tl.cdiv(n, BLOCK_N), tl.num_programs(0)):
-            rows, cols, row_mask, col_mask = tile_indices(tile, m, n, BLOCK_M, BLOCK_N)
-            key = _keys(factors_ptr, theta_ptr, row_ptr, stride, rows, cols, row_mask, col_mask, RANK, GROUPS, KERNEL)
-            mask = row_mask & col_mask
+            indices = tile_indices(tile, m, n, BLOCK_M, BLOCK_N)
+            key = _keys((factors_ptr, stride), theta_ptr, row_ptr, indices, RANK, GROUPS, STATISTIC, KERNEL)
+            mask = indices[2] & indices[3]
             below += tl.sum((mask & (key < lo)).to(tl.int32), 0)
             at_lo += tl.sum((mask & (key == lo)).to(tl.int32), 0)
             at_hi += tl.sum((mask & (key == hi) & (lo < hi)).to(tl.int32), 0)

@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from snell.kernels import launch, select
-from snell.spec import num_zeroed
+from snell.update import Parameters
 
 #: Keys of a bracket are sorted into this many bins: 2^31, 2^18, 2^5, 1 key a bin in three passes.
 BINS = 8192
@@ -28,15 +28,6 @@ PROGRAMS = 8
 WORKSPACE_BYTES = 64 * 2**20
 #: Thresholds remembered on a device; the least recently used goes first.
 SLOTS = 4096
-
-
-class Update(NamedTuple):
-    """One layer's parameters: ``A [n, r]``, ``B [m, r]``, ``theta [t]`` in float32, and its sparsity."""
-
-    A: Tensor
-    B: Tensor
-    theta: Tensor
-    sparsity: float
 
 
 class _Plan(NamedTuple):
@@ -73,7 +64,7 @@ class _Device:
 
     def table(self, rows: tuple[tuple[int, ...], ...]) -> Tensor:
         if rows not in self._tables:
-            host = torch.tensor(rows, dtype=torch.int64)
+            host = torch.tensor(rows, dtype=torch.int64, device="cpu")
             if self.device.type == "cuda":
                 host = host.pin_memory()  # so that the copy does not wait for the device
             self._tables[rows] = host, host.to(self.device, non_blocking=True)
@@ -89,9 +80,11 @@ def _on(device: torch.device) -> _Device:
     return _devices[device]
 
 
-def _plan(m: int, n: int, sparsity: float) -> _Plan:
+def _plan(layer: Parameters) -> _Plan:
+    A, B, _, spec = layer
+    n, m = A.shape[0], B.shape[0]
     entries = m * n
-    k = max(1, num_zeroed(sparsity, entries))
+    k = spec.num_zeroed(entries)
     samples = min(SAMPLES, max(256, entries // 64))
     rank = k / entries * samples
     spread = 4 * math.sqrt(rank * (1 - k / entries)) + 1
@@ -103,66 +96,68 @@ def _plan(m: int, n: int, sparsity: float) -> _Plan:
     return _Plan(m, n, k, samples, low, high, bucket if bucket <= BUCKET else 0)
 
 
-def _bytes(update: Update, plan: _Plan) -> int:
-    packed = (plan.m + plan.n) * update.A.shape[1]
-    return 4 * (packed + SAMPLES + BINS * plan.bucket) + 8 * (select.HEAD + BINS)
+def _bytes(plan: _Plan, rank: int) -> int:
+    return 4 * ((plan.m + plan.n) * rank + SAMPLES + BINS * plan.bucket) + 8 * (select.HEAD + BINS)
 
 
-def _calls(updates: Sequence[Update], plans: Sequence[_Plan]) -> Iterator[slice]:
+def _calls(plans: Sequence[_Plan], rank: int) -> Iterator[slice]:
     """Runs of layers whose workspace fits; a layer that fits nowhere goes alone."""
     start, used = 0, 0
-    for i, (update, plan) in enumerate(zip(updates, plans, strict=True)):
-        size = _bytes(update, plan)
+    for i, plan in enumerate(plans):
+        size = _bytes(plan, rank)
         if i > start and used + size > WORKSPACE_BYTES:
             yield slice(start, i)
             start, used = i, 0
         used += size
-    yield slice(start, len(updates))
+    yield slice(start, len(plans))
 
 
-def select_thresholds(updates: Sequence[Update], kernel: str, groups: int) -> Tensor:
-    """tau of every layer, ``[len(updates)]`` float32: layers of one rank on one device, in the same launches.
+def select_thresholds(layers: Sequence[Parameters]) -> tuple[Tensor, Tensor]:
+    """tau (float32) and fingerprint (int64) of every layer, ``[len(layers)]`` each, all layers in the same launches.
 
-    Every sparsity lies in (0, 1).
+    Args:
+        layers: float32 ``A [n, r]``, ``B [m, r]``, ``theta [t]`` and their make-up, of one device, rank, kernel
+            function and number of groups; every sparsity lies in (0, 1).
     """
-    plans = [_plan(B.shape[0], A.shape[0], sparsity) for A, B, _, sparsity in updates]
-    taus = updates[0].A.new_empty(len(updates))
-    for call in _calls(updates, plans):
-        _select(updates[call], plans[call], taus[call], kernel, groups)
-    return taus
+    plans = [_plan(layer) for layer in layers]
+    taus = layers[0][0].new_empty(len(layers))
+    calls = _calls(plans, layers[0][3].rank)
+    fingerprints = [_select(layers[call], plans[call], taus[call]) for call in calls]
+    return taus, fingerprints[0] if len(fingerprints) == 1 else torch.cat(fingerprints)
 
 
-def _select(updates: Sequence[Update], plans: Sequence[_Plan], taus: Tensor, kernel: str, groups: int) -> None:
-    device, rank, layers = taus.device, updates[0].A.shape[1], len(updates)
+def _select(layers: Sequence[Parameters], plans: Sequence[_Plan], taus: Tensor) -> Tensor:
+    """Write the layers' taus, and return a view of their fingerprints."""
+    device, count, spec = taus.device, len(layers), layers[0][3]
     known = _on(device)
     rows, column, thetas, buckets = [], 0, 0, 0
-    for (A, B, theta, _), plan in zip(updates, plans, strict=True):
-        setting = (*plan, rank, kernel, groups)
+    for (A, B, theta, _), plan in zip(layers, plans, strict=True):
+        setting = (*plan, spec.rank, spec.kernel, spec.groups)
         slot = known.slot((A.data_ptr(), B.data_ptr(), theta.data_ptr(), *setting))
         salt = hash(setting)
         rows.append((column, column + plan.n, thetas, *plan, buckets, slot, salt))
         column, thetas, buckets = column + plan.n + plan.m, thetas + theta.numel(), buckets + BINS * plan.bucket
-    factors = torch.cat([t.t() for A, B, _, _ in updates for t in (A, B)], dim=1)
-    theta = updates[0].theta if layers == 1 else torch.cat([update.theta for update in updates])
+    factors = torch.cat([t.t() for A, B, _, _ in layers for t in (A, B)], dim=1)
+    theta = layers[0][2] if count == 1 else torch.cat([layer[2] for layer in layers])
     table, memo = known.table(tuple(rows)), known.memo
-    state = torch.zeros(layers, select.HEAD + BINS, dtype=torch.int64, device=device)
-    samples = torch.empty(layers, SAMPLES, dtype=torch.int32, device=device)
+    state = torch.zeros(count, select.HEAD + BINS, dtype=torch.int64, device=device)
+    samples = torch.empty(count, SAMPLES, dtype=torch.int32, device=device)
     bucket = torch.empty(buckets, dtype=torch.int32, device=device)
 
     stride = factors.stride(0)
-    setting = {"RANK": rank, "GROUPS": groups, "KERNEL": kernel, "BINS": BINS}
+    setting = launch.meta(spec) | {"BINS": BINS}
     launch.run(
         select.fingerprint_kernel,
-        (triton.cdiv(max(p.m + p.n for p in plans), 256), layers),
+        (triton.cdiv(max(p.m + p.n for p in plans), 256), count),
         (factors, theta, table, state, memo, stride),
-        NUM_THETA=updates[0].theta.numel(),
-        RANK=rank,
+        NUM_THETA=layers[0][2].numel(),
+        RANK=spec.rank,
         BINS=BINS,
         BLOCK=256,
     )
     launch.run(
         select.sample_kernel,
-        (triton.cdiv(max(p.samples for p in plans), 256), layers),
+        (triton.cdiv(max(p.samples for p in plans), 256), count),
         (factors, theta, table, state, memo, samples, stride),
         SAMPLES=SAMPLES,
         BLOCK=256,
@@ -170,7 +165,7 @@ def _select(updates: Sequence[Update], plans: Sequence[_Plan], taus: Tensor, ker
     )
     launch.run(
         select.bracket_kernel,
-        layers,
+        count,
         (table, state, memo, samples, taus),
         SAMPLES=SAMPLES,
         BINS=BINS,
@@ -182,7 +177,7 @@ def _select(updates: Sequence[Update], plans: Sequence[_Plan], taus: Tensor, ker
     for _ in range(PASSES):
         launch.run(
             select.count_kernel,
-            (programs, layers),
+            (programs, count),
             (factors, theta, table, state, memo, bucket, stride),
             row,
             BLOCK_M=row.block_m,
@@ -191,12 +186,13 @@ def _select(updates: Sequence[Update], plans: Sequence[_Plan], taus: Tensor, ker
         )
         launch.run(
             select.choose_kernel,
-            layers,
+            count,
             (table, state, memo, bucket, taus),
             BINS=BINS,
             BUCKET=BUCKET,
             num_warps=8,
         )
+    return state[:, select.HASH]
 
 
 def forget() -> None:

@@ -3,8 +3,8 @@
 from importlib.metadata import version
 
 from snell import backends, functional, reference
+from snell.competition import refresh_thresholds
 from snell.linear import SnellLinear
-from snell.thresholds import refresh_thresholds
 
 __version__ = version("snell")
 

@@ -8,7 +8,6 @@ of the outputs to those of the others. Inputs and outputs are laid out as those 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -16,55 +15,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from snell import memo, radix
-from snell.schedule import block_length
-from snell.spec import Spec, num_zeroed
+from snell.competition.processes import select_among
+from snell.spec import Spec
 from snell.update import Update
 
-__all__ = ["Split", "select_threshold"]
-
-
-def select_threshold(
-    A: Tensor,
-    B: Tensor,
-    theta: Tensor,
-    *,
-    sparsity: float,
-    kernel: str,
-    groups: int,
-    group: dist.ProcessGroup,
-    entries: int,
-) -> Tensor:
-    """:func:`snell.functional.select_threshold` over a matrix whose pieces lie with the processes of a group.
-
-    Args:
-        A, B: the factors of this process's piece: those of its columns and of its rows.
-        theta, sparsity, kernel, groups: as there.
-        group: the processes that hold the pieces; all of them must call.
-        entries: m * n of the whole matrix.
-
-    Returns:
-        tau of the whole matrix, on every process: the bits that one process alone would find.
-    """
-    spec = Spec(A.shape[1], sparsity, kernel, groups)
-    n, m = A.shape[0], B.shape[0]
-    rows = block_length(n * A.element_size(), m)
-    tau, out = A.new_zeros(()), A.new_empty(min(rows, m), n)
-
-    def tiles() -> Iterator[Tensor]:
-        # Ungated, an update is K: the arithmetic that decides who survives is the one that merges.
-        for start in range(0, m, rows):
-            block = B[start : start + rows]
-            tile = out[: block.shape[0]]
-            torch.ops.snell.merge_out.default(A, block, theta, tau, None, tile, spec.kernel, spec.groups, "none")
-            yield tile
-
-    def add(counts: Tensor) -> Tensor:
-        dist.all_reduce(counts, group=group)
-        return counts
-
-    with torch.no_grad():
-        return radix.smallest(num_zeroed(spec.sparsity, entries), tiles, A, add)
+__all__ = ["Split"]
 
 
 class Split(NamedTuple):
@@ -103,35 +58,12 @@ class Split(NamedTuple):
 
         Differentiable: the gradients that reach the whole factors are those of all pieces.
         """
-        tau = self._threshold(A, B, theta, spec)
+        tau = select_among(self.group, self._pieces(A.detach(), B.detach()), A, B, theta, spec)
         A, B, theta = _SumGradients.apply(self.group, A, B, theta)
-        return Update(*self._pieces(A, B), theta, tau, spec)
+        return Update(*self._pieces(A, B), theta, tau, spec.applied)
 
     def _pieces(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         return (A, B[self.held]) if self.axis == 0 else (A[self.held], B)
-
-    def _threshold(self, A: Tensor, B: Tensor, theta: Tensor, spec: Spec) -> Tensor:
-        if spec.sparsity == 0.0:
-            return A.new_zeros(())
-
-        A, B, theta = A.detach(), B.detach(), theta.detach()
-
-        def select() -> Tensor:
-            return select_threshold(
-                *self._pieces(A, B),
-                theta,
-                sparsity=spec.sparsity,
-                kernel=spec.kernel,
-                groups=spec.groups,
-                group=self.group,
-                entries=A.shape[0] * B.shape[0],
-            )
-
-        if A.device.type != "cpu":
-            return select()
-        # Of the whole factors, not of the piece: all processes must find it, or none.
-        key = (memo.fingerprint(A, B, theta), A.shape, B.shape, A.dtype, spec, self.group.group_name, self.axis)
-        return memo.remember(key, select)
 
     def enter(self, x: Tensor) -> Tensor:
         """The input on its way in: where rows are split, its gradient adds up over the pieces."""

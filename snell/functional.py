@@ -1,4 +1,4 @@
-"""The operations as functions: arguments checked once, here, then dispatched to the device's backend."""
+"""The operations as functions. Arguments are checked here, once; the device's backend does the work."""
 
 from __future__ import annotations
 
@@ -7,10 +7,15 @@ from torch import Tensor
 
 from snell import ops
 from snell.spec import Spec
+from snell.update import Update
 
 __all__ = ["merge", "select_threshold", "snell_linear"]
 
 _FACTOR_DTYPES = (torch.float32, torch.float64)
+
+#: A sparsity above 0, for an update whose tau is given.
+_GIVEN = 0.5
+
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -98,14 +103,13 @@ def select_threshold(A: Tensor, B: Tensor, theta: Tensor, *, sparsity: float, ke
     spec = _check_factors(A, B, theta, sparsity, kernel, groups, "soft")
     for name, tensor in (("A", A), ("B", B), ("theta", theta)):
         _check_finite(name, tensor)
-    return threshold(A.contiguous(), B.contiguous(), theta.contiguous(), spec)
+    return update(A.contiguous(), B.contiguous(), theta.contiguous(), spec).tau
 
 
-def threshold(A: Tensor, B: Tensor, theta: Tensor, spec: Spec) -> Tensor:
-    """:func:`select_threshold` of factors that are known to fit: what a layer calls each step."""
-    if spec.sparsity == 0.0:
-        return A.new_zeros(())
-    return ops.select_threshold(A, B, theta, spec.sparsity, spec.kernel, spec.groups)
+def update(A: Tensor, B: Tensor, theta: Tensor, spec: Spec) -> Update:
+    """The update of factors that are known to fit, its threshold selected: what a layer builds each step."""
+    tau = ops.select_threshold(A, B, theta, spec) if spec.sparsity else A.new_zeros(())
+    return Update(A, B, theta, tau, spec.applied)
 
 
 def merge(
@@ -134,13 +138,16 @@ def merge(
     Raises:
         ValueError, TypeError: as :func:`select_threshold`.
     """
-    _check_factors(A, B, theta, 0.0, kernel, groups, gate)
+    spec = _check_factors(A, B, theta, _GIVEN, kernel, groups, gate)
     _check_tau(tau, A)
     if weight is not None:
         _check_weight(weight, A, B)
-    return torch.ops.snell.merge.default(
-        A.contiguous(), B.contiguous(), theta.contiguous(), tau, weight, kernel, groups, gate
-    )
+    return ops.merge(weight, Update(A.contiguous(), B.contiguous(), theta.contiguous(), tau, spec))
+
+
+def dense(update: Update, rows: slice | None = None, weight: Tensor | None = None) -> Tensor:
+    """Those rows of dW, or of ``weight + dW`` where the same rows of a weight are given. Differentiable as merge."""
+    return ops.merge(weight, update if rows is None else update.with_rows(update.B[rows]))
 
 
 def snell_linear(
@@ -184,18 +191,15 @@ def snell_linear(
         if bias.device != weight.device:
             raise ValueError(f"bias must be on weight's device, {weight.device}; got {bias.device}")
     A, B, theta = A.contiguous(), B.contiguous(), theta.contiguous()
-    if tau is None:
-        for name, tensor in (("A", A), ("B", B), ("theta", theta)):
-            _check_finite(name, tensor)
-        tau = threshold(A, B, theta, spec)
-    else:
+    if tau is not None:
         _check_tau(tau, A)
-    return linear(x, weight, bias, A, B, theta, tau, spec)
+        return linear(x, weight, bias, Update(A, B, theta, tau, spec.applied))
+    for name, tensor in (("A", A), ("B", B), ("theta", theta)):
+        _check_finite(name, tensor)
+    return linear(x, weight, bias, update(A, B, theta, spec))
 
 
-def linear(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, A: Tensor, B: Tensor, theta: Tensor, tau: Tensor, spec: Spec
-) -> Tensor:
+def linear(x: Tensor, weight: Tensor | None, bias: Tensor | None, update: Update) -> Tensor:
     """:func:`snell_linear` of parameters that are known to fit: what a layer calls. Checks x alone.
 
     Without a weight the result is the update's share, ``x dW^T``, for a base that cannot be added to.
@@ -207,9 +211,9 @@ def linear(
             x = x.to(torch.get_autocast_dtype(device_type))
     elif weight is not None and x.dtype != weight.dtype:
         raise TypeError(f"x must have weight's dtype, {weight.dtype}, outside autocast; got {x.dtype}")
+    A = update.A
     if not x.dim() or x.shape[-1] != A.shape[0]:
         raise ValueError(f"x must be [..., in_features={A.shape[0]}]; got shape {tuple(x.shape)}")
     if x.device != A.device:
         raise ValueError(f"x must be on the factors' device, {A.device}; got {x.device}")
-    operation = torch.ops.snell.linear.default if torch.compiler.is_compiling() else ops.linear
-    return operation(x, weight, bias, A, B, theta, tau, spec.kernel, spec.groups, spec.effective_gate)
+    return ops.linear(x, weight, bias, update)

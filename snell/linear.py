@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from snell import functional
-from snell.spec import KERNEL_FUNCTIONS, Spec
-from snell.update import Merged, Update, draw, merge_into
+from snell.initial import draw
+from snell.merging import Merged, merge_into, row_blocks
+from snell.spec import Spec
+from snell.update import Parameters, Update
 
 __all__ = ["SnellLinear"]
 
@@ -82,7 +84,7 @@ class SnellLinear(nn.Module):
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         options: dict[str, Any] = {"device": weight.device, "dtype": dtype}
         if train_theta is None:
-            train_theta = KERNEL_FUNCTIONS[spec.kernel].trains_theta
+            train_theta = spec.function.trains_theta
         theta = spec.initial_theta(self.scale)
         self.snell_A = nn.Parameter(torch.empty(self.in_features, spec.rank, **options))
         self.snell_B = nn.Parameter(torch.empty(self.out_features, spec.rank, **options))
@@ -126,24 +128,26 @@ class SnellLinear(nn.Module):
         """``[..., n] -> [..., m]``."""
         if self._merged is not None:
             return nn.functional.linear(x, self.weight, self.bias)
-        A, B, theta = self.snell_A, self.snell_B, self.snell_theta
-        tau = functional.threshold(A, B, theta, self.spec)
-        return functional.linear(x, self.weight, self.bias, A, B, theta, tau, self.spec)
+        return functional.linear(x, self.weight, self.bias, self._update())
 
     def threshold(self) -> Tensor:
         """tau: what an entry's \\|K\\| must exceed to survive. 0-dim, of the factors' dtype and device."""
-        return functional.threshold(self.snell_A, self.snell_B, self.snell_theta, self.spec)
+        return self._update().tau
 
     def delta_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """Dense dW ``[m, n]``, for inspection; differentiable. In the factors' dtype unless ``dtype`` is given."""
-        delta = self._update().rows()
+        delta = functional.dense(self._update())
         return delta if dtype is None else delta.to(dtype)
 
     @torch.no_grad()
     def num_survivors(self) -> int:
         """How many entries of dW are not zero, counted block by block from what merge writes."""
         update = self._update()
-        return sum(int(update.rows(rows).count_nonzero()) for rows in update.row_blocks())
+        return sum(int(functional.dense(update, rows).count_nonzero()) for rows in row_blocks(update))
+
+    def snell_parameters(self) -> Iterator[Parameters]:
+        """A, B, theta and the make-up of the layer's update, for what works on all updates of a model."""
+        yield self.snell_A, self.snell_B, self.snell_theta, self.spec
 
     @property
     def merged(self) -> bool:
@@ -172,7 +176,7 @@ class SnellLinear(nn.Module):
         options: dict[str, Any] = {"device": "meta", "dtype": self.weight.dtype}
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, **options)
         with torch.no_grad():
-            weight = self.weight.clone() if self.merged else self._update().rows(weight=self.weight)
+            weight = self.weight.clone() if self.merged else functional.dense(self._update(), weight=self.weight)
             linear.weight = nn.Parameter(weight, requires_grad=False)
             if self.bias is not None:
                 linear.bias = nn.Parameter(self.bias.clone(), requires_grad=False)
@@ -187,7 +191,7 @@ class SnellLinear(nn.Module):
         )
 
     def _update(self) -> Update:
-        return Update(self.snell_A, self.snell_B, self.snell_theta, self.threshold(), self.spec)
+        return functional.update(self.snell_A, self.snell_B, self.snell_theta, self.spec)
 
     @torch.no_grad()
     def _base_weight(self) -> Tensor:

@@ -1,4 +1,7 @@
-"""The native library: found, loaded and called through ctypes; csrc/api.h is the other side."""
+"""The native library: found, loaded and called through ctypes; csrc/api.h is the other side.
+
+Tensors lie in the computer's own memory; factors are contiguous.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from snell.spec import Spec
+from snell.update import Gradients, Update
 
 PATH = Path(__file__).with_name("_native.so")
 
@@ -105,7 +111,7 @@ def _address(tensor: Tensor) -> int:
     return address
 
 
-def _update(A: Tensor, B: Tensor, theta: Tensor, tau: Tensor | None, kernel: str, groups: int, gate: str) -> _Update:
+def _struct(A: Tensor, B: Tensor, theta: Tensor, tau: Tensor | None, spec: Spec) -> _Update:
     return _Update(
         B.shape[0],
         A.shape[0],
@@ -115,9 +121,9 @@ def _update(A: Tensor, B: Tensor, theta: Tensor, tau: Tensor | None, kernel: str
         theta.data_ptr(),  # empty for a kernel function without parameters
         None if tau is None else _address(tau),
         _DTYPES[A.dtype],
-        _KERNELS[kernel],
-        groups,
-        _GATES[gate],
+        _KERNELS[spec.kernel],
+        spec.groups,
+        _GATES[spec.gate],
         torch.get_num_threads(),
     )
 
@@ -131,101 +137,50 @@ def _check(status: int) -> None:
         raise MemoryError("snell's native library could not allocate its workspace")
 
 
-def select(A: Tensor, B: Tensor, theta: Tensor, k: int, kernel: str, groups: int) -> Tensor:
-    """The k-th smallest \\|K\\| (k from 1). Factors contiguous, on the CPU."""
+def select(A: Tensor, B: Tensor, theta: Tensor, spec: Spec, k: int) -> Tensor:
+    """The k-th smallest \\|K\\| (k from 1)."""
     assert _library is not None
     tau = A.new_empty(())
-    _check(_library.snell_select(byref(_update(A, B, theta, None, kernel, groups, "none")), k, tau.data_ptr()))
+    _check(_library.snell_select(byref(_struct(A, B, theta, None, spec)), k, tau.data_ptr()))
     return tau
 
 
-def merge(
-    A: Tensor,
-    B: Tensor,
-    theta: Tensor,
-    tau: Tensor,
-    weight: Tensor | None,
-    out: Tensor,
-    kernel: str,
-    groups: int,
-    gate: str,
-) -> None:
+def merge(update: Update, weight: Tensor | None, out: Tensor) -> None:
     """dW or weight + dW into ``out``; rows of both contiguous, strides between rows free."""
     assert _library is not None
-    update = _update(A, B, theta, tau, kernel, groups, gate)
-    _check(_library.snell_merge(byref(update), byref(_matrix(weight)), byref(_matrix(out))))
+    _check(_library.snell_merge(byref(_struct(*update)), byref(_matrix(weight)), byref(_matrix(out))))
 
 
-def factor_grad(
-    G: Tensor,
-    A: Tensor,
-    B: Tensor,
-    theta: Tensor,
-    tau: Tensor,
-    weight: Tensor | None,
-    merged: Tensor | None,
-    grad_A: Tensor,
-    grad_B: Tensor,
-    grad_theta: Tensor,
-    kernel: str,
-    groups: int,
-    gate: str,
-) -> None:
+def factor_grad(update: Update, grads: Gradients, G: Tensor, weight: Tensor | None, merged: Tensor | None) -> None:
     """Add to the gradients, contiguous and of the factors' dtype; write weight + dW into ``merged``."""
-    assert _library is not None
     G_matrix = _matrix(G)
-    _check(
-        _library.snell_factor_grad(
-            byref(_update(A, B, theta, tau, kernel, groups, gate)),
-            byref(G_matrix),
-            byref(_NO_TOKENS),
-            byref(_matrix(weight)),
-            byref(G_matrix if merged is G else _matrix(merged)),
-            grad_A.data_ptr(),
-            grad_B.data_ptr(),
-            grad_theta.data_ptr(),
-        )
-    )
+    matrices = G_matrix, _NO_TOKENS, _matrix(weight), G_matrix if merged is G else _matrix(merged)
+    _factor_grad(update, grads, *matrices)
 
 
-def factor_grad_of_tokens(
-    grad_y: Tensor,
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    theta: Tensor,
-    tau: Tensor,
-    grad_A: Tensor,
-    grad_B: Tensor,
-    grad_theta: Tensor,
-    kernel: str,
-    groups: int,
-    gate: str,
+def factor_grad_of_tokens(update: Update, grads: Gradients, grad_y: Tensor, x: Tensor) -> None:
+    """As :func:`factor_grad`, with G computed for survivors alone.
+
+    Args:
+        grad_y, x: ``[m, T]`` and ``[n, T]``, contiguous and of the factors' dtype.
+    """
+    tokens = _Tokens(grad_y.data_ptr(), x.data_ptr(), x.shape[1])
+    _factor_grad(update, grads, _NO_MATRIX, tokens, _NO_MATRIX, _NO_MATRIX)
+
+
+def _factor_grad(
+    update: Update, grads: Gradients, G: _Matrix, tokens: _Tokens, weight: _Matrix, merged: _Matrix
 ) -> None:
-    """As :func:`factor_grad`, G computed for survivors alone from ``grad_y [m, T]`` and ``x [n, T]``, contiguous and of
-    the factors' dtype."""
     assert _library is not None
-    _check(
-        _library.snell_factor_grad(
-            byref(_update(A, B, theta, tau, kernel, groups, gate)),
-            byref(_NO_MATRIX),
-            byref(_Tokens(grad_y.data_ptr(), x.data_ptr(), x.shape[1])),
-            byref(_NO_MATRIX),
-            byref(_NO_MATRIX),
-            grad_A.data_ptr(),
-            grad_B.data_ptr(),
-            grad_theta.data_ptr(),
-        )
-    )
+    inputs = byref(_struct(*update)), byref(G), byref(tokens), byref(weight), byref(merged)
+    _check(_library.snell_factor_grad(*inputs, grads.A.data_ptr(), grads.B.data_ptr(), grads.theta.data_ptr()))
 
 
-def density(
-    A: Tensor, B: Tensor, theta: Tensor, tau: Tensor, kernel: str, groups: int, gate: str, samples: int
-) -> float:
+def density(update: Update, samples: int) -> float:
     """The share of entries that survive, estimated from ``samples`` random ones, the same every time."""
     assert _library is not None
     share = c_double()
-    _check(_library.snell_density(byref(_update(A, B, theta, tau, kernel, groups, gate)), samples, byref(share)))
+    _check(_library.snell_density(byref(_struct(*update)), samples, byref(share)))
     return share.value
 
 

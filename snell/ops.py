@@ -1,18 +1,12 @@
-"""The operations: one schema, fake and gradient each; backends register what runs them.
+"""The operations that autograd and the compiler see: one schema, fake and gradient each.
 
-``snell.reference`` is the definition of each. Shapes: factors ``A [n, r]``, ``B [m, r]``, scalar
-parameters ``theta [t]`` and threshold ``tau []`` in float32 or float64; ``x [..., n]``, ``weight
-[m, n]``, ``bias [m]``, ``y [..., m]`` in one dtype of float64, float32, bfloat16, float16, or weight
-and bias in another float dtype than x. Arguments are checked above, in :mod:`snell.functional`.
-
-A rectangular block of the update is the update of the sliced factors, so the block operations need no
-offsets: rows r0:r1 and columns c0:c1 of dW are what ``A[c0:c1]`` and ``B[r0:r1]`` merge into.
+``snell.reference`` is the definition of each. Shapes: factors ``A [n, r]``, ``B [m, r]``, scalar parameters
+``theta [t]`` and threshold ``tau []`` in float32 or float64; ``x [..., n]``, ``weight [m, n]``, ``bias [m]``,
+``y [..., m]`` in one dtype of float64, float32, bfloat16, float16, or weight and bias in another float dtype than x.
+Arguments are checked above, in :mod:`snell.functional`; the work is done below, in :mod:`snell.blocks`.
 
 ===================  ==============================================================================
 select_threshold     tau, exact, of the whole matrix
-merge_out            write dW (or weight + dW) of a block into ``out``, in its dtype; strided rows are fine
-factor_grad          add a block's share of dA, dB and dtheta, given its G = dY^T X; in the same pass,
-                     write weight + dW into ``merged`` (which may be G itself)
 merge                dW or weight + dW, whole, differentiable
 merge_backward       its gradients of the factors and theta
 linear               y = x (W0 + dW)^T + bias, differentiable, nothing of size m*n kept; y = x dW^T where
@@ -23,102 +17,138 @@ linear_backward      its gradients, those that are asked for
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from snell import schedule
+from snell import blocks, competition
+from snell.blocks import Needs
+from snell.spec import Spec
+from snell.update import Update
 
-LIBRARY = torch.library.Library("snell", "DEF")
+_LIBRARY = torch.library.Library("snell", "DEF")
 
-_UPDATE = "str kernel, int groups, str gate"
-_FACTORS = "Tensor A, Tensor B, Tensor theta, Tensor tau"
+_UPDATE = "Tensor A, Tensor B, Tensor theta, Tensor tau, str kernel, int groups, str gate"
 
 for _schema in (
     "select_threshold(Tensor A, Tensor B, Tensor theta, float sparsity, str kernel, int groups) -> Tensor",
-    f"merge_out({_FACTORS}, Tensor? weight, Tensor(a!) out, {_UPDATE}) -> ()",
-    f"factor_grad(Tensor G, {_FACTORS}, Tensor? weight, Tensor(a!)? merged, Tensor(b!) grad_A, Tensor(c!) grad_B,"
-    f" Tensor(d!) grad_theta, {_UPDATE}) -> ()",
-    f"merge({_FACTORS}, Tensor? weight, {_UPDATE}) -> Tensor",
-    f"merge_backward(Tensor G, {_FACTORS}, {_UPDATE}) -> (Tensor, Tensor, Tensor)",
-    f"linear(Tensor x, Tensor? weight, Tensor? bias, {_FACTORS}, {_UPDATE}) -> Tensor",
-    f"linear_backward(Tensor grad_y, Tensor? x, Tensor? weight, {_FACTORS}, {_UPDATE}, bool need_x, bool need_weight,"
-    " bool need_bias, bool need_factors) -> Tensor[]",
+    f"merge(Tensor? weight, {_UPDATE}) -> Tensor",
+    f"merge_backward(Tensor G, {_UPDATE}) -> (Tensor, Tensor, Tensor)",
+    f"linear(Tensor x, Tensor? weight, Tensor? bias, {_UPDATE}) -> Tensor",
+    f"linear_backward(Tensor grad_y, Tensor? x, Tensor? weight, bool[] needs, {_UPDATE}) -> Tensor[]",
 ):
-    LIBRARY.define(_schema)
+    _LIBRARY.define(_schema)
 
-LIBRARY.impl("linear", schedule.linear_forward, "CompositeExplicitAutograd")
-LIBRARY.impl("linear_backward", schedule.linear_backward, "CompositeExplicitAutograd")
-LIBRARY.impl("merge", schedule.merge, "CompositeExplicitAutograd")
-LIBRARY.impl("merge_backward", schedule.factor_gradients, "CompositeExplicitAutograd")
+_spec = lru_cache(Spec)
 
+
+def _update(A: Tensor, B: Tensor, theta: Tensor, tau: Tensor, kernel: str, groups: int, gate: str) -> Update:
+    # The gate says all that the sparsity would: tau is given.
+    return Update(A, B, theta, tau, _spec(A.shape[1], 0.0 if gate == "none" else 0.5, kernel, groups, gate))
+
+
+def _flat(update: Update) -> tuple:
+    """The update as the schemas have it."""
+    spec = update.spec
+    return *update[:4], spec.kernel, spec.groups, spec.gate
+
+
+def _select(A, B, theta, sparsity, kernel, groups):
+    return competition.select(A, B, theta, _spec(A.shape[1], sparsity, kernel, groups))
+
+
+def _merge(weight, *update):
+    return blocks.merge(_update(*update), weight)
+
+
+def _merge_backward(G, *update):
+    return tuple(blocks.factor_gradients(G, _update(*update)))
+
+
+def _linear(x, weight, bias, *update):
+    return blocks.linear_forward(x, weight, bias, _update(*update))
+
+
+def _linear_backward(grad_y, x, weight, needs, *update):
+    return blocks.linear_backward(grad_y, x, weight, _update(*update), Needs(*needs))
+
+
+for _name, _function in (
+    ("select_threshold", _select),
+    ("merge", _merge),
+    ("merge_backward", _merge_backward),
+    ("linear", _linear),
+    ("linear_backward", _linear_backward),
+):
+    _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
 
 # tau is constant for autograd: its operation passes the Autograd key by, and no output asks for a gradient.
-LIBRARY.impl("select_threshold", torch.library.fallthrough_kernel, "Autograd")
+_LIBRARY.impl("select_threshold", torch.library.fallthrough_kernel, "Autograd")
+
+
+def _empty(*tensors):
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors]
 
 
 @torch.library.register_fake("snell::select_threshold")
-def _(A, B, theta, sparsity, kernel, groups):
+def _(A, *_):
     return A.new_empty(())
 
 
-@torch.library.register_fake("snell::merge_out")
-def _(A, B, theta, tau, weight, out, kernel, groups, gate):
-    return None
-
-
-@torch.library.register_fake("snell::factor_grad")
-def _(G, A, B, theta, tau, weight, merged, grad_A, grad_B, grad_theta, kernel, groups, gate):
-    return None
-
-
 @torch.library.register_fake("snell::merge")
-def _(A, B, theta, tau, weight, kernel, groups, gate):
+def _(weight, A, B, *_):
     return (A if weight is None else weight).new_empty(B.shape[0], A.shape[0])
 
 
 @torch.library.register_fake("snell::merge_backward")
-def _(G, A, B, theta, tau, kernel, groups, gate):
-    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (A, B, theta))
+def _(G, A, B, theta, *_):
+    return tuple(_empty(A, B, theta))
 
 
 @torch.library.register_fake("snell::linear")
-def _(x, weight, bias, A, B, theta, tau, kernel, groups, gate):
+def _(x, weight, bias, A, B, *_):
     return x.new_empty(*x.shape[:-1], B.shape[0])
 
 
 @torch.library.register_fake("snell::linear_backward")
-def _(grad_y, x, weight, A, B, theta, tau, kernel, groups, gate, need_x, need_weight, need_bias, need_factors):
-    grads = [grad_y.new_empty(*grad_y.shape[:-1], A.shape[0])] if need_x else []
-    grads += [torch.empty_like(weight)] if need_weight else []
-    grads += [(grad_y if weight is None else weight).new_empty(B.shape[0])] if need_bias else []
-    return grads + (
-        [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (A, B, theta)] if need_factors else []
-    )
+def _(grad_y, x, weight, needs, A, B, theta, *_):
+    needs = Needs(*needs)
+    grads = [grad_y.new_empty(*grad_y.shape[:-1], A.shape[0])] if needs.x else []
+    grads += [torch.empty_like(weight)] if needs.weight else []
+    grads += [(grad_y if weight is None else weight).new_empty(B.shape[0])] if needs.bias else []
+    return grads + (_empty(A, B, theta) if needs.factors else [])
 
 
 def _merge_setup(ctx, inputs, output):
-    A, B, theta, tau, weight, ctx.kernel, ctx.groups, ctx.gate = inputs
-    ctx.save_for_backward(A, B, theta, tau)
+    weight, *factors, ctx.kernel, ctx.groups, ctx.gate = inputs
+    ctx.save_for_backward(*factors)
     ctx.weight_dtype = None if weight is None else weight.dtype
 
 
-def _merge_backward(ctx, G):
-    A, B, theta, tau = ctx.saved_tensors
+def _merge_gradients(ctx, G):
     grads = (None, None, None)
-    if any(ctx.needs_input_grad[:3]):
-        grads = torch.ops.snell.merge_backward.default(G, A, B, theta, tau, ctx.kernel, ctx.groups, ctx.gate)
-    grad_weight = G.to(ctx.weight_dtype) if ctx.needs_input_grad[4] else None
-    return *grads, None, grad_weight, None, None, None
+    if any(ctx.needs_input_grad[1:4]):
+        grads = torch.ops.snell.merge_backward.default(G, *ctx.saved_tensors, ctx.kernel, ctx.groups, ctx.gate)
+    grad_weight = G.to(ctx.weight_dtype) if ctx.needs_input_grad[0] else None
+    return grad_weight, *grads, None, None, None, None
 
 
-torch.library.register_autograd("snell::merge", _merge_backward, setup_context=_merge_setup)
+torch.library.register_autograd("snell::merge", _merge_gradients, setup_context=_merge_setup)
+
+
+def _no_second_order(ctx, *grads):
+    raise RuntimeError("snell is differentiable once: its gate and threshold count as constants in backward")
+
+
+torch.library.register_autograd("snell::merge_backward", _no_second_order)
 
 
 def _nothing_listens(lead: Tensor) -> bool:
-    """Whether the dispatcher would only hand a call on to its function: plain tensors, no mode, not compiled.
+    """Whether the dispatcher would only hand a call on to its function: plain tensors, no mode, not compiled or traced.
 
     Raises:
         NotImplementedError: under a transform of torch.func.
@@ -130,34 +160,38 @@ def _nothing_listens(lead: Tensor) -> bool:
         and not lead.is_meta
         and not is_in_torch_dispatch_mode()
         and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
     )
 
 
-def _below_autograd(operation, function, lead, *args):
-    """The operation; at once the function behind it where nothing listens, a dispatch cheaper."""
-    if _nothing_listens(lead):
-        return function(lead, *args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return operation(lead, *args)
-
-
-def select_threshold(A: Tensor, B: Tensor, theta: Tensor, sparsity: float, kernel: str, groups: int) -> Tensor:
-    """``snell::select_threshold``, a dispatch cheaper where nothing listens."""
-    operation = torch.ops.snell.select_threshold.default
+def select_threshold(A: Tensor, B: Tensor, theta: Tensor, spec: Spec) -> Tensor:
+    """``snell::select_threshold``; at once the function behind it where nothing listens, a dispatch cheaper."""
     if _nothing_listens(A):
-        operation = schedule.backend_of(A.device).select_threshold
-    return operation(A, B, theta, sparsity, kernel, groups)
+        return competition.select(A, B, theta, spec)
+    return torch.ops.snell.select_threshold.default(A, B, theta, spec.sparsity, spec.kernel, spec.groups)
+
+
+def merge(weight: Tensor | None, update: Update) -> Tensor:
+    """``snell::merge``."""
+    return torch.ops.snell.merge.default(weight, *_flat(update))
+
+
+def _forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, update: Update) -> Tensor:
+    if _nothing_listens(x):
+        return blocks.linear_forward(x, weight, bias, update)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.snell.linear.default(x, weight, bias, *_flat(update))
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, *inputs):
-        x, weight, _, A, B, theta, tau, ctx.kernel, ctx.groups, ctx.gate = inputs
-        _, need_weight, _, need_A, need_B, need_theta = ctx.needs_input_grad[:6]
+    def forward(ctx, x, weight, bias, *update):
+        update = Update(*update)
+        _, need_weight, _, *need_factors = ctx.needs_input_grad[:6]
         # x serves the gradients of the factors and the weight alone: a layer that trains neither keeps no activation.
-        kept_x = x if need_weight or need_A or need_B or need_theta else None
-        ctx.save_for_backward(kept_x, weight, A, B, theta, tau)
-        return _below_autograd(torch.ops.snell.linear.default, schedule.linear_forward, *inputs)
+        ctx.save_for_backward(x if need_weight or any(need_factors) else None, weight, *update[:4])
+        ctx.spec = update.spec
+        return _forward(x, weight, bias, update)
 
     @staticmethod
     def backward(ctx, grad_y):
@@ -166,55 +200,32 @@ class _Linear(torch.autograd.Function):
 
 
 def _linear_gradients(ctx, grad_y):
-    x, weight, A, B, theta, tau = ctx.saved_tensors
-    need_x, need_weight, need_bias, need_A, need_B, need_theta = ctx.needs_input_grad[:6]
-    need_factors = need_A or need_B or need_theta
-    update = (A, B, theta, tau, ctx.kernel, ctx.groups, ctx.gate)
-    needs = (need_x, need_weight, need_bias, need_factors)
-    found = _below_autograd(
-        torch.ops.snell.linear_backward.default, schedule.linear_backward, grad_y, x, weight, *update, *needs
-    )
-    grad_A, grad_B, grad_theta = found[-3:] if need_factors else (None, None, None)
+    x, weight, *update = ctx.saved_tensors
+    update = Update(*update, ctx.spec)
+    need_x, need_weight, need_bias, *need_each = ctx.needs_input_grad[:6]
+    needs = Needs(need_x, need_weight, need_bias, any(need_each))
+    if _nothing_listens(grad_y):
+        found = blocks.linear_backward(grad_y, x, weight, update, needs)
+    else:
+        with torch._C._AutoDispatchBelowAutograd():
+            found = torch.ops.snell.linear_backward.default(grad_y, x, weight, list(needs), *_flat(update))
     rest = iter(found)
-    return (
-        next(rest) if need_x else None,
-        next(rest) if need_weight else None,
-        next(rest) if need_bias else None,
-        grad_A if need_A else None,
-        grad_B if need_B else None,
-        grad_theta if need_theta else None,
-        *(None,) * 4,
-    )
+    grads = [next(rest) if need else None for need in needs[:3]]
+    factors = found[-3:] if needs.factors else (None,) * 3
+    return *grads, *(grad if need else None for grad, need in zip(factors, need_each, strict=True)), None, None
 
 
 _refuse_twice = once_differentiable(_linear_gradients)
 
 
-def linear(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    theta: Tensor,
-    tau: Tensor,
-    kernel: str,
-    groups: int,
-    gate: str,
-) -> Tensor:
-    """``snell::linear`` on its Autograd key. Eager callers may call it as a function, a dispatch cheaper."""
-    inputs = (x, weight, bias, A, B, theta, tau, kernel, groups, gate)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs[:6]):
-        return _Linear.apply(*inputs)
-    return _below_autograd(torch.ops.snell.linear.default, schedule.linear_forward, *inputs)
+def linear(x: Tensor, weight: Tensor | None, bias: Tensor | None, update: Update) -> Tensor:
+    """``snell::linear``."""
+    if torch.compiler.is_compiling():
+        return torch.ops.snell.linear.default(x, weight, bias, *_flat(update))
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, *update[:3])):
+        return _Linear.apply(x, weight, bias, *update)
+    return _forward(x, weight, bias, update)
 
 
 # By hand: what register_autograd builds parses the schema at every call, which costs a small layer as much as its work.
-LIBRARY.impl("linear", linear, "Autograd")
-
-
-def _no_second_order(ctx, *grads):
-    raise RuntimeError("snell is differentiable once: its gate and threshold count as constants in backward")
-
-
-torch.library.register_autograd("snell::merge_backward", _no_second_order)
+_LIBRARY.impl("linear", lambda x, weight, bias, *flat: linear(x, weight, bias, _update(*flat)), "Autograd")

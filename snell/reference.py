@@ -1,7 +1,7 @@
-"""The definition: every kernel function, gate and gradient in dense, plain PyTorch.
+"""The definition: every gate and gradient in dense, plain PyTorch; the kernel functions are in ``kernel_functions``.
 
-Everything else in the package is tested against this page, in float64. It materialises K and is slow;
-autograd through it gives the defining gradients, because the gate and tau are detached.
+Everything else in the package is tested against this module, in float64. It materialises K and is slow. Autograd
+through it gives the defining gradients, because the gate and tau are detached.
 
 Shapes: ``A [n, r]``, ``B [m, r]``, ``theta [t]``, ``tau []``, ``weight [m, n]``, ``bias [m]``, ``x [..., n]``.
 Source: SNELL, arXiv 2411.01800, equations 3 to 5.
@@ -12,43 +12,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from snell.spec import Spec, num_zeroed
+from snell.kernel_functions import KERNEL_FUNCTIONS
+from snell.spec import Spec
 
 __all__ = ["gate_values", "kernel_matrix", "merge", "select_threshold", "snell_linear"]
-
-
-def _distance(B: Tensor, A: Tensor) -> Tensor:
-    # Differences, not |b|^2 + |a|^2 - 2 b.a, which cancels where b is near a. The gradient at 0 is 0.
-    return torch.cdist(B, A, compute_mode="donot_use_mm_for_euclid_dist")
-
-
-def _dot(B: Tensor, A: Tensor) -> Tensor:
-    # Not B @ A.T, whose order of summation may change with the shape: a block's K has the bits of the whole's.
-    return (B.unsqueeze(1) * A).sum(-1)
-
-
-def _sigmoid(z: Tensor) -> Tensor:
-    # Not torch.sigmoid, whose bits change with an entry's place in its tensor. The exponent never overflows.
-    negative = z < 0
-    e = torch.exp(torch.where(negative, z, -z))
-    return torch.where(negative, e, 1) / (1 + e)
 
 
 def kernel_matrix(A: Tensor, B: Tensor, theta: Tensor, *, kernel: str, groups: int) -> Tensor:
     """``K_ij = kappa(B_i, A_j)`` of shape [m, n], differentiable in A, B and theta."""
     if A.dtype in (torch.float16, torch.bfloat16):
         A, B, theta = A.float(), B.float(), theta.float()
-    if kernel == "piecewise_linear":
-        pairs = zip(B.chunk(groups, dim=1), A.chunk(groups, dim=1), strict=True)
-        return sum(alpha * _distance(b, a) for alpha, (b, a) in zip(theta, pairs, strict=True))
-    if kernel == "linear":
-        return _dot(B, A)
-    alpha, beta, gamma = theta
-    if kernel == "sigmoid":
-        return alpha * _sigmoid(beta * _dot(B, A)) + gamma
-    if kernel == "rbf":
-        return alpha * torch.exp(-beta * _distance(B, A).square()) + gamma
-    raise ValueError(f"kernel is unknown: {kernel!r}")
+    if kernel not in KERNEL_FUNCTIONS:
+        raise ValueError(f"kernel is unknown: {kernel!r}")
+    function = KERNEL_FUNCTIONS[kernel]
+    return function.value(function.statistics(A, B, groups), theta)
 
 
 def gate_values(K: Tensor, tau: Tensor, *, gate: str) -> Tensor:
@@ -66,7 +43,7 @@ def select_threshold(A: Tensor, B: Tensor, theta: Tensor, *, sparsity: float, ke
     """tau, the ceil(s*m*n)-th smallest \\|K\\|; 0 where sparsity is 0."""
     with torch.no_grad():
         magnitudes = kernel_matrix(A, B, theta, kernel=kernel, groups=groups).abs().flatten()
-        k = num_zeroed(sparsity, magnitudes.numel())
+        k = Spec(A.shape[1], sparsity, kernel, groups).num_zeroed(magnitudes.numel())
         return magnitudes.kthvalue(k).values if k else magnitudes.new_zeros(())
 
 

@@ -1,60 +1,23 @@
-"""What an update is made of, validated once: kernel function, groups, gate, sparsity.
-
-The mathematics of each name stands in :mod:`snell.reference`; here are only the facts that every
-floor above and below needs: how many scalar parameters a kernel function has, where they start,
-and which pair statistic it reads.
-"""
+"""What an update is made of, validated once: kernel function, groups, gate, sparsity."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-__all__ = ["GATES", "KERNEL_FUNCTIONS", "KernelFunction", "Spec", "num_zeroed"]
+from snell.kernel_functions import KERNEL_FUNCTIONS, KernelFunction
 
+__all__ = ["DEFAULT_SCALES", "GATES", "Spec"]
 
-@dataclass(frozen=True)
-class KernelFunction:
-    """A scalar function of pair statistics.
-
-    Attributes:
-        statistic: ``"dot"`` (``b . a``) or ``"distance"`` (``norm2(b - a)``).
-        grouped: whether the statistic is taken per group of the rank axis, or once over the whole of it.
-        trains_theta: whether the scalar parameters are trained unless the user says otherwise.
-        initial_theta: ``(groups, scale) -> `` the starting values of the scalar parameters.
-    """
-
-    statistic: str
-    grouped: bool
-    trains_theta: bool
-    initial_theta: Callable[[int, float], list[float]]
-
-
-KERNEL_FUNCTIONS: dict[str, KernelFunction] = {
-    "piecewise_linear": KernelFunction(
-        "distance", True, False, lambda groups, scale: [scale * (-1.0) ** p for p in range(groups)]
-    ),
-    "linear": KernelFunction("dot", False, False, lambda groups, scale: []),
-    # alpha, beta, gamma; gamma makes kappa(0, 0) = 0.
-    "sigmoid": KernelFunction("dot", False, True, lambda groups, scale: [scale, 1.0, -scale / 2]),
-    "rbf": KernelFunction("distance", False, True, lambda groups, scale: [scale, 1.0, -scale]),
-}
 
 #: ``none`` is what ``sparsity == 0`` means: no competition, dW = K.
 GATES = ("soft", "magnitude", "hard", "none")
 
-#: The kernel function's scale at the start, by the gate that applies. The first two multiply by \|K\| once more, so
-#: that the update is of the order of scale^2 / in_features: 3 brings LoRA's learning rates into reach
-#: (``snell bench gates``) and still starts small. Where dW is K itself, anything near 1 would start by changing a layer
-#: by a good part of its weight, whatever its width.
+#: The kernel function's scale at the start, by the gate that applies. The first two gates multiply by \|K\| once more,
+#: so the update is of order scale^2 / in_features: at 3, LoRA's learning rates work (``snell bench gates``) and the
+#: update still starts small. Where dW is K itself, a scale near 1 would change a fresh layer by much of its weight.
 DEFAULT_SCALES = {"soft": 3.0, "magnitude": 3.0, "hard": 0.1, "none": 0.1}
-
-
-def num_zeroed(sparsity: float, entries: int) -> int:
-    """How many of ``entries`` the competition sets to zero: ceil(s * entries), in float64."""
-    return math.ceil(sparsity * entries)
 
 
 def _choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
@@ -81,6 +44,9 @@ def _number(name: str, value: Any) -> float:
 class Spec:
     """One update's kernel function, gate, groups and sparsity, checked on construction.
 
+    Attributes:
+        applied: the same, with the gate that applies: ``none`` where sparsity is 0.
+
     Raises:
         ValueError: unknown ``kernel`` or ``gate``, ``sparsity`` outside [0, 1) or NaN, ``rank`` no
             multiple of ``groups``, a dimension below 1.
@@ -92,6 +58,7 @@ class Spec:
     kernel: str = "piecewise_linear"
     groups: int = 2
     gate: str = "soft"
+    applied: Spec = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         _integer("rank", self.rank)
@@ -107,11 +74,27 @@ class Spec:
                 f"rank must be a multiple of groups; got rank={self.rank}, groups={self.groups}: "
                 f"use groups=1 or a rank of {self.rank - self.rank % self.groups + self.groups}"
             )
+        competes = self.sparsity > 0 or self.gate == "none"
+        object.__setattr__(self, "applied", self if competes else replace(self, gate="none"))
 
     @property
     def effective_gate(self) -> str:
         """The gate that applies: without sparsity nothing competes."""
-        return "none" if self.sparsity == 0.0 else self.gate
+        return self.applied.gate
+
+    @property
+    def function(self) -> KernelFunction:
+        """The kernel function's row of the table."""
+        return KERNEL_FUNCTIONS[self.kernel]
+
+    @property
+    def num_statistics(self) -> int:
+        """How many pair statistics the kernel function reads."""
+        return self.function.num_statistics(self.groups)
+
+    def num_zeroed(self, entries: int) -> int:
+        """How many of ``entries`` the competition sets to zero: ceil(s * entries), in float64."""
+        return math.ceil(self.sparsity * entries)
 
     @property
     def num_theta(self) -> int:
@@ -127,4 +110,4 @@ class Spec:
         """The scalar parameters at the start of training."""
         if not math.isfinite(_number("scale", scale)):
             raise ValueError(f"scale must be finite; got {scale}")
-        return KERNEL_FUNCTIONS[self.kernel].initial_theta(self.groups, float(scale))
+        return self.function.initial_theta(self.groups, float(scale))

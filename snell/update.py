@@ -1,26 +1,30 @@
-"""The update as a layer holds it: how it starts, and how it goes into a weight and out again bit for bit.
-
-Dense blocks come from :func:`snell.functional.merge`; a block of rows is held at a time.
-"""
+"""The record of an update that every operation below the checked functions takes, and its gradients."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from snell import functional
-from snell.schedule import block_length
-from snell.spec import KERNEL_FUNCTIONS, Spec
+from snell.spec import Spec
 
-__all__ = ["Merged", "Update", "draw", "draw_identity", "merge_into"]
+__all__ = ["Gradients", "Parameters", "Update"]
+
+#: A layer's ``A [n, r]``, ``B [m, r]``, ``theta [t]`` and what they make.
+Parameters = tuple[Tensor, Tensor, Tensor, Spec]
 
 
 class Update(NamedTuple):
-    """The factors ``A [n, r]``, ``B [m, r]``, ``theta [t]``, their threshold and what they are made of."""
+    """``dW_ij = K_ij * gate(|K_ij|)`` with ``K_ij = kappa(B_i, A_j)``.
+
+    A rectangle of an update is the update of sliced factors, so operations on blocks need no offsets.
+
+    Attributes:
+        A: ``[n, r]``.  B: ``[m, r]``.  theta: ``[t]``, the kernel function's scalar parameters.
+        tau: 0-dim threshold. All four are float32 or all float64, on one device.
+        spec: kernel function, groups and the gate that applies (:attr:`snell.spec.Spec.applied`).
+    """
 
     A: Tensor
     B: Tensor
@@ -28,73 +32,36 @@ class Update(NamedTuple):
     tau: Tensor
     spec: Spec
 
-    def rows(self, rows: slice | None = None, weight: Tensor | None = None) -> Tensor:
-        """Those rows of dW, or of ``weight + dW`` where the same rows of a weight are given."""
-        A, B, theta, tau, spec = self
-        B = B if rows is None else B[rows]
-        return functional.merge(
-            A, B, theta, tau, weight=weight, kernel=spec.kernel, groups=spec.groups, gate=spec.effective_gate
-        )
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(m, n)`` of dW."""
+        return self.B.shape[0], self.A.shape[0]
 
-    def row_blocks(self) -> Iterator[slice]:
-        """The rows that are built at a time."""
-        m = self.B.shape[0]
-        length = block_length(self.A.shape[0] * self.A.element_size(), m)
-        return (slice(start, min(start + length, m)) for start in range(0, m, length))
+    def with_rows(self, B: Tensor) -> Update:
+        """The update of other rows: those of ``B``."""
+        return Update(self.A, B, self.theta, self.tau, self.spec)
 
-    def clone(self) -> Update:
-        """A copy that later training steps leave alone."""
-        A, B, theta, tau = (t.detach().clone() for t in self[:4])
-        return Update(A, B, theta, tau, self.spec)
+    def with_columns(self, A: Tensor) -> Update:
+        """The update of other columns: those of ``A``."""
+        return Update(A, self.B, self.theta, self.tau, self.spec)
+
+    def transposed(self) -> Update:
+        """The update of dW^T: every pair statistic is symmetric, so its entries have the same bits."""
+        return Update(self.B, self.A, self.theta, self.tau, self.spec)
 
 
-class Merged(NamedTuple):
-    """What takes a merged update out again: the update as merged, and the weights it replaced."""
+class Gradients(NamedTuple):
+    """What the gradients of an update's parameters are added to: contiguous tensors of their shapes and dtype."""
 
-    update: Update
-    replaced: list[Tensor]
+    A: Tensor
+    B: Tensor
+    theta: Tensor
 
-    @torch.no_grad()
-    def take_out(self, weight: Tensor) -> None:
-        """Put the replaced entries of ``weight [m, n]`` back, in place; survivors are found again from the update."""
-        for rows, replaced in zip(self.update.row_blocks(), self.replaced, strict=True):
-            weight[rows][self.update.rows(rows) != 0] = replaced
+    @classmethod
+    def zeros(cls, update: Update) -> Gradients:
+        """Zeros, contiguous however the factors themselves lie."""
+        return cls(*(torch.zeros_like(t, memory_format=torch.contiguous_format) for t in update[:3]))
 
-
-@torch.no_grad()
-def merge_into(weight: Tensor, update: Update) -> Merged:
-    """Add dW into ``weight [m, n]`` in place, and return what undoes it: (1 - s) * m * n numbers and the factors."""
-    update, replaced = update.clone(), []
-    for rows in update.row_blocks():
-        base = weight[rows]
-        replaced.append(base[update.rows(rows) != 0])
-        base.copy_(update.rows(rows, base))
-    return Merged(update, replaced)
-
-
-@torch.no_grad()
-def draw(A: Tensor, B: Tensor, theta: Tensor, spec: Spec, scale: float) -> None:
-    """Fill the factors as published: uniform in +-1/sqrt(n*r/P) and +-1/sqrt(m*r/P)."""
-    for factor in (A, B):
-        nn.init.uniform_(factor, -1, 1).div_(math.sqrt(factor.numel() / spec.groups))
-    theta.copy_(torch.tensor(spec.initial_theta(scale)))
-
-
-@torch.no_grad()
-def draw_identity(A: Tensor, B: Tensor, theta: Tensor, spec: Spec, scale: float) -> None:
-    """Fill the factors so that dW is exactly 0 and has a gradient: LoRA's start.
-
-    It exists without competition only. With it, an entry of dW is 0 where its gate is, and the gradient
-    carries that same gate: an update of exactly 0 would never move. Distances have no such start either:
-    where they are 0 their gradient is, and equal groups of opposite sign cancel to rounding only.
-
-    Raises:
-        ValueError: ``sparsity > 0``, or a kernel function of distances.
-    """
-    if spec.sparsity or KERNEL_FUNCTIONS[spec.kernel].statistic != "dot":
-        raise ValueError(
-            "an identity start that still trains exists for sparsity=0 and the kernel functions linear and sigmoid "
-            f"alone; got sparsity={spec.sparsity}, kernel={spec.kernel!r}. The published start is small, but not 0"
-        )
-    draw(A, B, theta, spec, scale)
-    B.zero_()
+    def with_columns(self, A: Tensor) -> Gradients:
+        """The same, but for the columns whose gradient is ``A``."""
+        return Gradients(A, self.B, self.theta)

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from snell import functional
-from snell.error_bounds import Update
-from snell.spec import GATES, KERNEL_FUNCTIONS, Spec
+from snell.kernel_functions import KERNEL_FUNCTIONS
+from snell.spec import GATES, Spec
+from snell.update import Update
 
 KERNELS = tuple(KERNEL_FUNCTIONS)
 GATES_THAT_COMPETE = ("soft", "magnitude", "hard")
@@ -51,15 +52,16 @@ class Case:
         rng = self.generator()
         A = torch.randn(self.n, self.rank, generator=rng, dtype=self.dtype) * self.scale
         B = torch.randn(self.m, self.rank, generator=rng, dtype=self.dtype) * self.scale
-        theta = Spec(self.rank, self.sparsity, self.kernel, self.groups).initial_theta(0.1)
+        theta = self.spec.initial_theta(0.1)
         noise = 1 + 0.3 * torch.rand(len(theta), generator=rng, dtype=self.dtype)
         return A, B, torch.tensor(theta, dtype=self.dtype) * noise
 
+    @property
+    def spec(self) -> Spec:
+        return Spec(self.rank, self.sparsity, self.kernel, self.groups, self.gate)
+
     def update(self) -> Update:
-        A, B, theta = self.factors()
-        tau = functional.select_threshold(A, B, theta, sparsity=self.sparsity, **self.settings)
-        gate = "none" if self.sparsity == 0.0 else self.gate
-        return Update(A, B, theta, self.kernel, self.groups, gate, tau)
+        return functional.update(*self.factors(), self.spec)
 
 
 def cases(small: bool, gates: tuple[str, ...] = GATES) -> st.SearchStrategy[Case]:

@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from seeds import SEED
-from snell import backends, memo
+from snell import backends, competition
 
 # An interpreted backend runs a program instance at a time in Python: it gets the same tests, fewer and smaller.
 INTERPRETED = frozenset({"triton"})
@@ -35,7 +35,7 @@ def pytest_report_header() -> str:
 @pytest.fixture(autouse=True)
 def _fresh(request: pytest.FixtureRequest) -> None:
     torch.manual_seed(SEED + zlib.crc32(request.node.nodeid.encode()))
-    memo.clear()
+    competition.forget()
 
 
 # Compiled, that backend takes a GPU's tensors alone: tests/backends/test_on_gpu.py repeats these tests there.

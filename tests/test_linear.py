@@ -255,7 +255,7 @@ def test_unmerge_survives_factors_that_change_while_merged(backend):
 
 
 def test_merging_goes_by_blocks_of_rows(backend, monkeypatch):
-    monkeypatch.setattr("snell.schedule.WORKSPACE_BYTES", 64 * 20 * 4)
+    monkeypatch.setattr("snell.blocks.WORKSPACE_BYTES", 64 * 20 * 4)
     layer = draw(20, 200)
     base = layer.weight.clone()
     linear = layer.to_linear()

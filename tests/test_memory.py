@@ -20,7 +20,7 @@ import json, math, sys, time
 import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
-from snell import functional, memo
+from snell import competition, functional
 
 torch.set_num_threads(1)
 torch.manual_seed(int(sys.argv[1]))
@@ -92,7 +92,7 @@ def test_a_large_layer_forward_and_backward_allocates_under_32_mib():
                                 gate="soft").backward(torch.ones(64, 64))
         outputs = sum(t.nbytes for t in [grad_y, *leaves])  # y, and a gradient of each leaf
         peak, _ = peak_growth(step)
-        memo.clear()
+        competition.forget()
         for t in leaves:
             t.grad = None
         allocated, _ = allocated_at_peak(step)

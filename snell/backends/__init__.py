@@ -1,69 +1,71 @@
-"""Backends: modules with one function for each of the three block operations, registered by device.
+"""Backends: what runs the block operations, by type of device.
 
-``blocked`` (plain PyTorch) serves every device; ``cpu`` (native library) and ``triton`` take over where
-they can run. The dispatcher picks; :func:`use` overrides it, for comparison and tests.
+``blocked`` (plain PyTorch) serves every device and dtype; ``cpu`` (the native library) and ``triton`` take over where
+they can run. :func:`use` puts another in their place, for comparison and tests.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import ModuleType
 
 import torch
+from torch import Tensor
 
-from snell import native, schedule
-from snell.backends import blocked, cpu
-from snell.ops import LIBRARY
+from snell import native
+from snell.backends.base import Backend
+from snell.backends.blocked import BlockedBackend
+from snell.backends.cpu import CpuBackend
 
-OPERATIONS = ("select_threshold", "merge_out", "factor_grad")
+__all__ = ["AVAILABLE", "Backend", "of", "serving", "use"]
+
+_BLOCKED = BlockedBackend()
 
 #: Every backend this machine can run, by name.
-AVAILABLE: dict[str, ModuleType] = {"blocked": blocked}
+AVAILABLE: dict[str, Backend] = {"blocked": _BLOCKED}
+
+#: Which of them serves a type of device; ``blocked`` serves the others.
+_SERVING: dict[str, Backend] = {}
 
 
-def _register(library: torch.library.Library, backend: ModuleType, device_type: str, override: bool = False) -> None:
-    key = device_type.upper() or "CompositeExplicitAutograd"
-    for operation in OPERATIONS:
-        library.impl(operation, getattr(backend, operation), key, allow_override=override)
-    schedule.BACKENDS[device_type] = backend
+def serving(device_type: str) -> Backend:
+    """The backend that serves float32 factors on this type of device."""
+    return _SERVING.get(device_type, _BLOCKED)
+
+
+def of(factor: Tensor) -> Backend:
+    """The backend that serves an update with this factor: by its device and dtype."""
+    backend = _SERVING.get(factor.device.type, _BLOCKED)
+    return backend if factor.dtype in backend.dtypes else _BLOCKED
 
 
 @contextmanager
 def use(name: str, device_type: str = "cpu") -> Iterator[None]:
-    """Route the operations on ``device_type`` to the backend ``name`` for the time of the context.
+    """Let the backend ``name`` serve ``device_type`` for the time of the context.
 
     Raises:
         ValueError: the backend is not available here.
     """
     if name not in AVAILABLE:
         raise ValueError(f"name must be an available backend, one of {', '.join(AVAILABLE)}; got {name!r}")
-    library, before = torch.library.Library("snell", "IMPL"), dict(schedule.BACKENDS)
+    before = serving(device_type)
+    _SERVING[device_type] = AVAILABLE[name]
     try:
-        with warnings.catch_warnings():  # overriding is what this is for
-            warnings.simplefilter("ignore")
-            _register(library, AVAILABLE[name], device_type, override=True)
         yield
     finally:
-        library._destroy()
-        schedule.BACKENDS.clear()
-        schedule.BACKENDS.update(before)
+        _SERVING[device_type] = before
 
-
-_register(LIBRARY, blocked, "")
 
 if native.available():
-    AVAILABLE["cpu"] = cpu
-    _register(LIBRARY, cpu, "cpu")
+    AVAILABLE["cpu"] = _SERVING["cpu"] = CpuBackend()
 
 # With TRITON_INTERPRET=1 the kernels run on CPU tensors, in Python: slow, but the kernels' own arithmetic.
 _interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 if importlib.util.find_spec("triton") and (torch.version.cuda or _interpreted):
-    from snell.backends import triton
+    from snell.backends.triton import TritonBackend
 
-    _register(LIBRARY, triton, "cuda")
+    _SERVING["cuda"] = TritonBackend()
     if _interpreted or torch.cuda.is_available():
-        AVAILABLE["triton"] = triton
+        AVAILABLE["triton"] = _SERVING["cuda"]

@@ -58,7 +58,7 @@ class Adapter:
         if not _fit(A, B, theta, spec):
             shapes = ", ".join(f"snell_{name} {list(tensor.shape)}" for name, tensor in tensors.items())
             raise click.ClickException(f"{layer} holds {shapes}, which does not fit rank {spec.rank} of {CONFIG_NAME}")
-        return Update(A, B, theta, functional.threshold(A, B, theta, spec), spec)
+        return functional.update(A, B, theta, spec)
 
 
 def _fit(A: Tensor, B: Tensor, theta: Tensor, spec: Spec) -> bool:

@@ -20,7 +20,7 @@ import click
 
 from snell import __version__
 from snell.cli.environment import NOTE, OK, PROBLEM, Finding, findings
-from snell.cli.selfcheck import Checked, check, places
+from snell.testing.selfcheck import Checked, check, places
 
 _COLOURS = {OK: "green", NOTE: "yellow", PROBLEM: "red"}
 _MARKS = {OK: "ok  ", NOTE: "note", PROBLEM: "FAIL"}

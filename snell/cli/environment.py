@@ -14,7 +14,7 @@ import torch
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from snell import backends, native, schedule
+from snell import backends, native
 
 OK, NOTE, PROBLEM = "ok", "note", "problem"
 
@@ -144,21 +144,16 @@ def _requirement(name: str) -> str:
 
 def devices() -> Iterator[Finding]:
     """Which backend serves which type of device, as registered, and why."""
-    names = {id(module): name for name, module in backends.AVAILABLE.items()}
-
-    def serves(device_type: str) -> str:
-        return names.get(id(schedule.backend_of(torch.device(device_type))), "")
-
-    cpu = serves("cpu")
+    cpu, cuda = (backends.serving(device_type).name for device_type in ("cpu", "cuda"))
     why = "the native library is loaded" if cpu == "cpu" else f"the native library {native.problem()}"
     yield Finding("devices", "cpu", OK, f"{_describe(cpu)}, because {why}")
     if not torch.cuda.is_available():
         yield Finding("devices", "cuda", OK, f"nothing to serve: torch {torch.__version__} finds no GPU")
     else:
         why = "Triton is installed and torch is built for CUDA"
-        if serves("cuda") != "triton":
+        if cuda != "triton":
             why = "torch is built for ROCm" if torch.version.hip else "Triton does not import"
-        yield Finding("devices", "cuda", OK, f"{_describe(serves('cuda'))}, because {why}")
+        yield Finding("devices", "cuda", OK, f"{_describe(cuda)}, because {why}")
     yield Finding("devices", "others", OK, f"{_describe('blocked')}, because it runs on whatever torch does")
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from snell.functional import dense
+from snell.merging import row_blocks
 from snell.update import Update
 
 #: Bins of the grid along each side of the matrix, where it is that long.
@@ -48,8 +50,8 @@ def spread(update: Update) -> Spread:
     by_row, by_column = torch.zeros(m, dtype=torch.int64), torch.zeros(n, dtype=torch.int64)
     grid = torch.zeros(int(rows[-1]) + 1, int(columns[-1]) + 1, dtype=torch.int64)
     squares = 0.0
-    for block in update.row_blocks():
-        delta = update.rows(block)
+    for block in row_blocks(update):
+        delta = dense(update, block)
         squares += torch.linalg.vector_norm(delta, dtype=torch.float64).square().item()
         survives = (delta != 0).long()
         by_row[block], by_column = survives.sum(1), by_column + survives.sum(0)

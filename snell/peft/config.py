@@ -8,8 +8,9 @@ from typing import Any
 from peft.config import PeftConfig
 from peft.utils.other import get_pattern_key
 
+from snell.kernel_functions import KERNEL_FUNCTIONS
 from snell.peft.kind import SNELL
-from snell.spec import KERNEL_FUNCTIONS, Spec
+from snell.spec import Spec
 
 __all__ = ["SnellConfig"]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,10 +11,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from snell import functional
+from snell.initial import draw, draw_identity
+from snell.merging import Merged, merge_into, row_blocks
 from snell.peft import base, checkpoint
 from snell.peft.config import SnellConfig
 from snell.spec import Spec
-from snell.update import Merged, Update, draw, draw_identity, merge_into
+from snell.update import Parameters, Update
 
 __all__ = ["AdaptedLinear"]
 
@@ -106,7 +108,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         if len(active) == 1 and not args and not kwargs and not self._drops(active[0]):
             weight = base.fusable_weight(self.base_layer, self.fan_in_fan_out)
             if weight is not None:
-                return functional.linear(x, weight, base.bias(self.base_layer), *self._update(active[0]))
+                return functional.linear(x, weight, base.bias(self.base_layer), self._update(active[0]))
         y = self.base_layer(x, *args, **kwargs)
         for name in active:
             share = self._share(self.snell_dropout[name](x), name)
@@ -139,20 +141,26 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         """The adapter's share of the output, ``x dW^T``."""
         split = base.split(self.base_layer, self.fan_in_fan_out)
         if split is None:
-            return functional.linear(x, None, None, *self._update(name))
-        return split.leave(functional.linear(split.enter(x), None, None, *self._update(name)))
+            return functional.linear(x, None, None, self._update(name))
+        return split.leave(functional.linear(split.enter(x), None, None, self._update(name)))
 
     def _update(self, name: str) -> Update:
-        A, B, spec = _full(self.snell_A[name]), _full(self.snell_B[name]), self.snell_spec[name]
-        theta = _full(self.snell_theta[name]) if name in self.snell_theta else self.snell_constants[name]
+        A, B, theta, spec = self._parameters_of(name)
+        A, B, theta = _full(A), _full(B), _full(theta)
         split = base.split(self.base_layer, self.fan_in_fan_out)
-        if split is not None:
-            return split.update(A, B, theta, spec)
-        return Update(A, B, theta, functional.threshold(A, B, theta, spec), spec)
+        return functional.update(A, B, theta, spec) if split is None else split.update(A, B, theta, spec)
+
+    def _parameters_of(self, name: str) -> Parameters:
+        theta = (self.snell_theta if name in self.snell_theta else self.snell_constants)[name]
+        return self.snell_A[name], self.snell_B[name], theta, self.snell_spec[name]
+
+    def snell_parameters(self) -> Iterator[Parameters]:
+        """A, B, theta and the make-up of each adapter's update, for what works on all updates of a model."""
+        return (self._parameters_of(name) for name in self.snell_A)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Dense dW of one adapter, laid out as the base weight is, in the factors' dtype."""
-        delta = self._update(adapter).rows()
+        delta = functional.dense(self._update(adapter))
         return delta.T if self.fan_in_fan_out else delta
 
     @torch.no_grad()
@@ -176,7 +184,8 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
             update = self._update(name)
             weight = base.float_weight(self.get_base_layer(), self.fan_in_fan_out)
             target = weight if weight is not None else base.dequantise(self)
-            if safe_merge and not all(update.rows(rows, target[rows]).isfinite().all() for rows in update.row_blocks()):
+            dense = (functional.dense(update, rows, target[rows]) for rows in row_blocks(update))
+            if safe_merge and not all(rows.isfinite().all() for rows in dense):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
             merged = merge_into(target, update)
             self._merged.append(merged if weight is not None else base.requantise(self, target))

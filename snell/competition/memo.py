@@ -1,8 +1,7 @@
 """tau once per parameter version: a memo keyed by what the factors hold, not by who holds them.
 
-A version counter misses edits through ``.data``, a sharded parameter gathered into the same storage and
-a replayed graph; the bytes miss nothing. Hashing (m + n) * r numbers costs a thousandth of selecting
-among m * n.
+A version counter misses edits through ``.data``, a sharded parameter gathered into the same storage and a replayed
+graph. The bytes miss nothing. Hashing (m + n) r numbers costs a thousandth of selecting among m n.
 """
 
 from __future__ import annotations
@@ -13,28 +12,27 @@ from collections.abc import Callable, Hashable
 
 from torch import Tensor
 
+from snell import native
+
 #: Layers of one model that keep their threshold; the least recently used goes first.
 CAPACITY = 4096
 
 _memo: OrderedDict[Hashable, Tensor] = OrderedDict()
 
-#: What backends that remember on their own device do when everything is to be forgotten.
-also_clear: list[Callable[[], None]] = []
 
-
-def fingerprint(*tensors: Tensor) -> bytes:
-    """A digest of what tensors in the computer's own memory hold."""
+def fingerprint(*tensors: Tensor) -> Hashable:
+    """128 bits of what contiguous tensors in the computer's own memory hold."""
+    if native.available():
+        return native.fingerprint(*tensors)
     digest = hashlib.blake2b(digest_size=16)
     for tensor in tensors:
-        digest.update(tensor.detach().contiguous().numpy().tobytes())
+        digest.update(tensor.detach().numpy().tobytes())
     return digest.digest()
 
 
-def clear() -> None:
-    """Forget every threshold, so that the next call selects anew."""
+def forget() -> None:
+    """Forget every threshold."""
     _memo.clear()
-    for forget in also_clear:
-        forget()
 
 
 def remember(key: Hashable, compute: Callable[[], Tensor]) -> Tensor:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from snell import functional, schedule
+from snell import functional, blocks
 
 PIECEWISE = {"sparsity": 0.8, "kernel": "piecewise_linear", "groups": 2, "gate": "soft"}
 
@@ -22,10 +22,10 @@ PIECEWISE = {"sparsity": 0.8, "kernel": "piecewise_linear", "groups": 2, "gate":
     ],
 )
 def test_block_length(bytes_per_line, lines, expected):
-    length = schedule.block_length(bytes_per_line, lines)
+    length = blocks.block_length(bytes_per_line, lines)
     assert length == expected
-    assert length == lines or length % schedule.BLOCK_MULTIPLE == 0
-    assert length * bytes_per_line <= max(schedule.WORKSPACE_BYTES, 64 * bytes_per_line)
+    assert length == lines or length % blocks.BLOCK_MULTIPLE == 0
+    assert length * bytes_per_line <= max(blocks.WORKSPACE_BYTES, 64 * bytes_per_line)
 
 
 def run(m, n, dtype, transposed, needs):
@@ -53,7 +53,7 @@ def test_blocks_give_what_the_whole_gives(backend, small, monkeypatch, needs, dt
     # 64 lines a block of layers a little over two blocks each way: full, full and ragged.
     m, n = (70, 67) if small else (141, 133)
     whole = run(m, n, dtype, transposed, needs)
-    monkeypatch.setattr(schedule, "WORKSPACE_BYTES", 1)
+    monkeypatch.setattr(blocks, "WORKSPACE_BYTES", 1)
     blocks = run(m, n, dtype, transposed, needs)
     for name, value in whole.items():
         if name in ("y", "x"):
@@ -68,6 +68,6 @@ def test_blocks_give_what_the_whole_gives(backend, small, monkeypatch, needs, dt
 def test_the_workspace_of_a_transposed_weight_is_transposed():
     workspace = torch.empty(12)
     weight = torch.empty(5, 7).t()
-    assert schedule._block(workspace, weight, 3, 4).stride() == (1, 3)
-    assert schedule._block(workspace, weight.contiguous(), 3, 4).stride() == (4, 1)
-    assert schedule._block(workspace, None, 3, 4).stride() == (4, 1)
+    assert blocks._block(workspace, weight, 3, 4).stride() == (1, 3)
+    assert blocks._block(workspace, weight.contiguous(), 3, 4).stride() == (4, 1)
+    assert blocks._block(workspace, None, 3, 4).stride() == (4, 1)

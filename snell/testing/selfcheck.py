@@ -8,10 +8,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
-from snell import backends, memo, schedule
-from snell.cli.cases import Case, Setting, operations, settings
+from snell import backends, competition
+from snell.testing.cases import OPERATIONS, Case, Setting, settings
 
 
 @dataclass
@@ -45,12 +43,14 @@ class Checked:
             f"{len(self.failures)} of {self.cases} cases are wrong: {first}{'; ...' if len(self.failures) > 2 else ''}"
         )
 
-    def add(self, setting: Setting, case: Case, check: Callable[[Case], float]) -> None:
-        """Run the check on one case and take its result in."""
+    def add(self, setting: Setting, case: Case, check: Callable[[Case], float | None]) -> None:
+        """Run the check on one case and take its result in, if the backend has what it checks."""
         try:
             share = check(case)
         except Exception as error:  # whatever a broken installation raises is what its user must read
             self.fails(setting, error)
+            return
+        if share is None:
             return
         self._take(setting, share)
         if not share <= 1:
@@ -85,16 +85,15 @@ def check(backend: str, device: str, thinned: bool, on_case: Callable[[], Any] =
         return found.setdefault(operation, Checked(backend, device, operation))
 
     with backends.use(backend, device):
-        module = schedule.backend_of(torch.device(device))
         for setting in settings(thinned):
-            memo.clear()  # a threshold that another backend selected is not this one's
+            competition.forget()  # a threshold that another backend selected is not this one's
             try:
                 case = Case(setting, device)
             except Exception as error:
                 entry("select").fails(setting, error)
                 continue
-            for operation, share in operations(backend, module, setting).items():
-                entry(operation).add(setting, case, share)
+            for operation, measure in OPERATIONS.items():
+                entry(operation).add(setting, case, measure)
             on_case()
-    memo.clear()
-    return list(found.values())
+    competition.forget()
+    return [one for one in found.values() if one.cases]

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from snell import error_bounds, functional, native
-from snell.error_bounds import TF32_ERROR, Update, share_of_bound
-from snell.spec import GATES, KERNEL_FUNCTIONS, Spec, num_zeroed
+from snell import backends, functional
+from snell.kernel_functions import KERNEL_FUNCTIONS
+from snell.spec import GATES, Spec
+from snell.testing import bounds
+from snell.testing.bounds import TF32_ERROR, Expected, share_of_bound
+from snell.update import Gradients
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -64,14 +65,13 @@ class Case:
         A, B, theta = (t.to(device, factors) for t in (0.3 * draw(N, RANK), 0.3 * draw(M, RANK), theta))
         self.weight, self.bias, self.G = (t.to(device, dtype) for t in (draw(M, N), draw(M), draw(M, N)))
         self.x, self.grad_y = (t.to(device, dtype) for t in (draw(TOKENS, N), draw(TOKENS, M)))
-        self.k = num_zeroed(self.spec.sparsity, M * N)
-        tau = functional.select_threshold(A, B, theta, sparsity=self.spec.sparsity, kernel=kernel, groups=GROUPS)
-        self.factors, self.tau = (A, B, theta), tau
-        # The soft gate moves with tau, by its very rounding. The others only rank by it: there the reference's own tau
-        # stands, in float64, or the entry that tau is would count as one that may as well survive.
-        self.expected = Update(A, B, theta, kernel, GROUPS, gate, tau)
+        self.k = self.spec.num_zeroed(M * N)
+        self.update = functional.update(A, B, theta, self.spec)
+        # The soft gate moves with tau's own rounding. The others only rank by tau, and get the reference's in float64:
+        # by its rounded value, the entry that tau was taken from would count as one that may survive.
+        self.expected = Expected(self.update)
         if gate in ("magnitude", "hard"):
-            self.expected = replace(self.expected, tau=self.exact_tau())
+            self.expected = Expected(self.update._replace(tau=self.exact_tau()))
         self._layers: dict[tuple[int, bool], dict[str, float]] = {}
 
     def exact_tau(self) -> Tensor:
@@ -83,15 +83,10 @@ class Case:
     def tf32_error(self) -> float:
         return TF32_ERROR if self.device == "cuda" and self.G.element_size() == 2 else 0.0
 
-    def merge(self, weight: Tensor | None = None, gate: str | None = None) -> Tensor:
+    def merge(self, weight: Tensor | None = None, *, ungated: bool = False) -> Tensor:
         """By the backend in use."""
-        A, B, theta = self.factors
-        kernel, gate = self.setting.kernel, gate or self.setting.gate
-        return functional.merge(A, B, theta, self.tau, weight=weight, kernel=kernel, groups=GROUPS, gate=gate)
-
-    def zeros(self) -> list[Tensor]:
-        """Where gradients of the factors are added."""
-        return [torch.zeros_like(t) for t in self.factors]
+        spec = Spec(RANK, 0.0, self.spec.kernel, GROUPS).applied if ungated else self.update.spec
+        return functional.dense(self.update._replace(spec=spec), weight=weight)
 
     def layer(self, *names: str, tokens: int = TOKENS, weighted: bool = True) -> float:
         """The largest error of the layer's results that are named, with its first ``tokens`` tokens."""
@@ -102,12 +97,13 @@ class Case:
 
     def _run_layer(self, tokens: int, weight: Tensor | None) -> dict[str, float]:
         x = self.x[:tokens].clone().requires_grad_()
-        A, B, theta = (t.clone().requires_grad_() for t in self.factors)
+        A, B, theta = (t.clone().requires_grad_() for t in self.update[:3])
         bias, grad_y = None if weight is None else self.bias, self.grad_y[:tokens]
-        y = functional.linear(x, weight, bias, A, B, theta, self.tau, self.spec)
+        update = self.update._replace(A=A, B=B, theta=theta)
+        y = functional.linear(x, weight, bias, update)
         y.backward(grad_y)
         actual = {"y": y, "grad_x": x.grad, "grad_A": A.grad, "grad_B": B.grad, "grad_theta": theta.grad}
-        expected = error_bounds.layer(self.expected, x.detach(), weight, bias, grad_y, self.tf32_error)
+        expected = bounds.layer(self.expected, x.detach(), weight, bias, grad_y, self.tf32_error)
         return {name: share_of_bound(_present(actual[name]), *pair) for name, pair in expected.items()}
 
 
@@ -119,28 +115,27 @@ def _present(result: Tensor | None) -> Tensor:
 
 def _select(case: Case) -> float:
     # The k-th smallest moves by no more than the entries do.
-    return share_of_bound(case.tau, case.exact_tau(), case.expected.K_error().max())
+    return share_of_bound(case.update.tau, case.exact_tau(), case.expected.K_error().max())
 
 
 def _survivors(case: Case) -> float:
     """Exact, among the backend's own K: tau has the rank it should, and who is above tau is who is not zero."""
-    magnitudes = case.merge(gate="none").abs()
-    below, at = int((magnitudes < case.tau).sum()), int((magnitudes == case.tau).sum())
+    magnitudes, tau = case.merge(ungated=True).abs(), case.update.tau
+    below, at = int((magnitudes < tau).sum()), int((magnitudes == tau).sum())
     right_rank = not case.k or below < case.k <= below + at
-    right_entries = case.setting.gate == "none" or (case.merge() != 0).equal(magnitudes > case.tau)
+    right_entries = case.setting.gate == "none" or (case.merge() != 0).equal(magnitudes > tau)
     return 0.0 if right_rank and right_entries else torch.inf
 
 
 def _merge(case: Case) -> float:
-    kinds = ((None, case.tau.dtype), (case.weight, case.setting.dtype))
+    kinds = ((None, case.update.tau.dtype), (case.weight, case.setting.dtype))
     return max(share_of_bound(case.merge(weight), *case.expected.merged(weight, dtype)) for weight, dtype in kinds)
 
 
 def _factor_gradients(case: Case) -> float:
     """The gradients; and the weight written beside them must have the bits of merge."""
-    merged, grads = torch.empty_like(case.G), case.zeros()
-    update = (case.setting.kernel, GROUPS, case.setting.gate)
-    torch.ops.snell.factor_grad(case.G, *case.factors, case.tau, case.weight, merged, *grads, *update)
+    merged, grads = torch.empty_like(case.G), Gradients.zeros(case.update)
+    backends.of(case.update.A).factor_grad(case.G, case.update, grads, case.weight, merged)
     if not merged.equal(case.merge(case.weight)):
         return torch.inf
     expected = case.expected.gradients(case.G, case.tf32_error * case.G.double().abs())
@@ -150,31 +145,28 @@ def _factor_gradients(case: Case) -> float:
 _GRADIENTS = ("grad_x", "grad_A", "grad_B", "grad_theta")
 
 
-def _gradients_of_tokens(case: Case) -> float:
+def _gradients_of_tokens(case: Case) -> float | None:
     """What large layers with few survivors take instead of G."""
-    (A, B, theta), grads = case.factors, case.zeros()
-    dy, x = case.grad_y.t().contiguous(), case.x.t().contiguous()
-    native.factor_grad_of_tokens(
-        dy, x, A, B, theta, case.tau, grads[0], grads[1], grads[2], case.setting.kernel, GROUPS, case.setting.gate
-    )
-    expected = error_bounds.layer(case.expected, case.x, case.weight, None, case.grad_y)
+    grads, backend = Gradients.zeros(case.update), backends.of(case.update.A)
+    if not backend.factor_grad_of_tokens(case.grad_y, case.x, case.update, grads, always=True):
+        return None
+    expected = bounds.layer(case.expected, case.x, case.weight, None, case.grad_y)
     return max(share_of_bound(grad, *expected[name]) for grad, name in zip(grads, _GRADIENTS[1:], strict=True))
 
 
-def operations(name: str, backend: ModuleType, setting: Setting) -> dict[str, Callable[[Case], float]]:
-    """What is checked of a backend, by name: each gives the largest error as a share of its bound."""
-    checks: dict[str, Callable[[Case], float]] = {
-        "select": _select,
-        "survivors": _survivors,
-        "merge": _merge,
-        "factor gradients": _factor_gradients,
-        "linear, forward": lambda case: case.layer("y"),
-        "linear, backward": lambda case: case.layer(*_GRADIENTS),
-        "x dW^T, both ways": lambda case: case.layer("y", *_GRADIENTS, weighted=False),
-    }
-    if hasattr(backend, "linear_few"):
-        checks["linear, few tokens"] = lambda case: max(case.layer("y", tokens=FEW, weighted=w) for w in (True, False))
-    # It takes activations in the factors' dtype alone.
-    if name == "cpu" and setting.gate != "none" and setting.dtype in (torch.float32, torch.float64):
-        checks["gradients of survivors"] = _gradients_of_tokens
-    return checks
+def _few_tokens(case: Case) -> float:
+    return max(case.layer("y", tokens=FEW, weighted=weighted) for weighted in (True, False))
+
+
+#: What is checked of a backend: the largest error as a share of its bound, or None where it has no such ability.
+OPERATIONS: dict[str, Callable[[Case], float | None]] = {
+    "select": _select,
+    "survivors": _survivors,
+    "merge": _merge,
+    "factor gradients": _factor_gradients,
+    "linear, forward": lambda case: case.layer("y"),
+    "linear, backward": lambda case: case.layer(*_GRADIENTS),
+    "x dW^T, both ways": lambda case: case.layer("y", *_GRADIENTS, weighted=False),
+    "linear, few tokens": _few_tokens,
+    "gradients of survivors": _gradients_of_tokens,
+}

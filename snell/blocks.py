@@ -1,0 +1,149 @@
+"""The layer as blocks of library GEMMs around the backend's block operations, written once.
+
+Forward builds W0 + dW a block of rows at a time and multiplies. Backward goes by blocks of columns, so that every
+entry of dX comes out of one GEMM and is rounded once: first the block's G, then one pass that turns G into factor
+gradients and leaves W0 + dW of the same block, then dX. A backend may take the factors' gradients straight from
+the activations instead, without G. Nothing of size m*n is allocated: the workspace is bounded whatever the layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import repeat
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from snell import backends
+from snell.update import Gradients, Update
+
+#: Bytes of workspace a pass may hold. Blocks of this size lose nothing to the GEMM's edges and, on a CPU,
+#: stay in the last-level cache between the pass that writes them and the GEMM that reads them.
+WORKSPACE_BYTES = 16 * 2**20
+
+#: The same on a GPU: more, as one block's GEMM has to fill every multiprocessor, but still within the L2 cache (40 MiB
+#: and up), and, with the kernels' own 8 MiB, within 32 MiB.
+GPU_WORKSPACE_BYTES = 24 * 2**20
+
+#: Blocks are multiples of this many rows or columns where they are not the whole.
+BLOCK_MULTIPLE = 64
+
+
+class Needs(NamedTuple):
+    """Which gradients a backward pass is asked for; those of A, B and theta come together."""
+
+    x: bool
+    weight: bool
+    bias: bool
+    factors: bool
+
+
+def block_length(bytes_per_line: int, lines: int, device_type: str = "cpu") -> int:
+    """How many rows (or columns) of ``bytes_per_line`` one block holds."""
+    limit = GPU_WORKSPACE_BYTES if device_type == "cuda" else WORKSPACE_BYTES
+    length = limit // max(bytes_per_line, 1)
+    if length >= lines:
+        return max(lines, 1)
+    return max(length - length % BLOCK_MULTIPLE, min(BLOCK_MULTIPLE, lines), 1)
+
+
+def _as_matrix(t: Tensor, features: int) -> Tensor:
+    """``[..., features]`` as ``[tokens, features]``; a view where there is one."""
+    return t if t.dim() == 2 else t.reshape(-1, features)
+
+
+def _blocks(length: int, lines: int, *matrices: tuple[Tensor | None, int]) -> Iterable[tuple[Any, ...]]:
+    """The matrices in blocks of ``length`` rows (dim 0) or columns (dim 1), side by side; None stays None."""
+    if length >= lines:
+        return (tuple(matrix for matrix, _ in matrices),)
+    return zip(*(repeat(None) if t is None else t.split(length, dim) for t, dim in matrices), strict=False)
+
+
+def _block(workspace: Tensor, weight: Tensor | None, rows: int, cols: int) -> Tensor:
+    """A [rows, cols] block at the head of the workspace, laid out as the weight is (Conv1D's is transposed)."""
+    if workspace.numel() != rows * cols:
+        workspace = workspace[: rows * cols]
+    if weight is not None and weight.stride(1) != 1 and weight.stride(0) == 1:
+        return workspace.view(cols, rows).t()
+    return workspace.view(rows, cols)
+
+
+def merge(update: Update, weight: Tensor | None) -> Tensor:
+    """dW or weight + dW, whole."""
+    out = torch.empty(update.shape, dtype=(update.A if weight is None else weight).dtype, device=update.A.device)
+    backends.of(update.A).merge(update, weight, out)
+    return out
+
+
+def factor_gradients(G: Tensor, update: Update) -> Gradients:
+    """dA, dB and dtheta from the whole of ``G [m, n]``."""
+    grads = Gradients.zeros(update)
+    backends.of(update.A).factor_grad(G, update, grads)
+    return grads
+
+
+def linear_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, update: Update) -> Tensor:
+    """``y = x (W0 + dW)^T + bias``, or ``x dW^T`` where there is no weight."""
+    m, n = update.shape
+    y = x.new_empty(*x.shape[:-1], m)
+    if not y.numel():
+        return y
+    x2, y2 = _as_matrix(x, n), _as_matrix(y, m)
+    if bias is not None and bias.dtype != x.dtype:
+        bias = bias.to(x.dtype)
+    backend = backends.of(update.A)
+    few = backend.few_tokens(x2, weight, bias, update)
+    if few is not None:
+        return few.view(y.shape)
+    rows = block_length(n * x.element_size(), m, x.device.type)
+    workspace = x.new_empty(rows * n)
+    update = backend.prepare(update)
+    for B_block, W_block, bias_block, y_block in _blocks(rows, m, (update.B, 0), (weight, 0), (bias, 0), (y2, 1)):
+        block = _block(workspace, weight, B_block.shape[0], n)
+        backend.merge(update.with_rows(B_block), W_block, block)
+        if bias_block is None:
+            torch.mm(x2, block.t(), out=y_block)
+        else:
+            torch.addmm(bias_block, x2, block.t(), out=y_block)
+    return y
+
+
+def linear_backward(
+    grad_y: Tensor, x: Tensor | None, weight: Tensor | None, update: Update, needs: Needs
+) -> list[Tensor]:
+    """The gradients that are needed, of x, weight, bias and (all three) A, B, theta."""
+    m, n = update.shape
+    dy = _as_matrix(grad_y, m)
+    grad_x = dy.new_empty(*grad_y.shape[:-1], n) if needs.x else None
+    grad_weight = torch.empty_like(weight) if needs.weight and weight is not None else None
+    grad_bias = dy.sum(0, dtype=dy.dtype if weight is None else weight.dtype) if needs.bias else None
+    grads = Gradients.zeros(update) if needs.factors else None
+    backend = backends.of(update.A)
+    x2 = None if x is None else _as_matrix(x, n)
+    through_G = grads
+    if grads is not None and x2 is not None and not needs.weight:
+        through_G = None if backend.factor_grad_of_tokens(dy, x2, update, grads) else grads
+    need_G = needs.weight or through_G is not None
+    if need_G or needs.x:
+        cols = block_length(m * dy.element_size(), n, dy.device.type)
+        update = backend.prepare(update)
+        workspace = dy.new_empty(m * cols)
+        dx = None if grad_x is None else _as_matrix(grad_x, n)
+        dA = None if through_G is None else through_G.A
+        for A_block, W_block, x_block, dx_block, dW_block, dA_block in _blocks(
+            cols, n, (update.A, 0), (weight, 1), (x2 if need_G else None, 1), (dx, 1), (grad_weight, 1), (dA, 0)
+        ):
+            block, part = _block(workspace, weight, m, A_block.shape[0]), update.with_columns(A_block)
+            if need_G:
+                torch.mm(dy.t(), x_block, out=block)
+            if dW_block is not None:
+                dW_block.copy_(block)
+            if through_G is not None:
+                merged = (W_block, block) if needs.x else (None, None)
+                backend.factor_grad(block, part, through_G.with_columns(dA_block), *merged)
+            elif needs.x:
+                backend.merge(part, W_block, block)
+            if dx_block is not None:
+                torch.mm(dy, block, out=dx_block)
+    return [grad for grad in (grad_x, grad_weight, grad_bias, *(grads or ())) if grad is not None]

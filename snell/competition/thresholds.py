@@ -1,0 +1,73 @@
+"""tau of one layer: remembered, or selected by the device's backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from snell import backends
+from snell.backends.base import Backend
+from snell.blocks import block_length
+from snell.competition import memo, radix
+from snell.competition.held import held
+from snell.spec import Spec
+from snell.update import Update
+
+__all__ = ["count", "select"]
+
+
+@torch.no_grad()
+def select(A: Tensor, B: Tensor, theta: Tensor, spec: Spec) -> Tensor:
+    """The ceil(s*m*n)-th smallest \\|K\\|, a fresh 0-dim tensor of A's dtype; 0 where the sparsity is 0.
+
+    Args:
+        A, B, theta: ``[n, r]``, ``[m, r]`` and ``[t]``, known to fit ``spec``.
+    """
+    if spec.sparsity == 0.0:
+        return A.new_zeros(())
+    backend, k = backends.of(A), spec.num_zeroed(A.shape[0] * B.shape[0])
+    if backend.remembers:
+        tau = held(backend, A, B, theta, spec)
+        return _select(backend, A, B, theta, spec, k) if tau is None else tau
+    if A.device.type != "cpu":
+        return _select(backend, A, B, theta, spec, k)
+    A, B, theta = A.contiguous(), B.contiguous(), theta.contiguous()
+    parameters = memo.fingerprint(A, B, theta), A.shape, B.shape, A.dtype
+    key = (*parameters, backend.name, k, spec.kernel, spec.groups)
+    return memo.remember(key, lambda: _select(backend, A, B, theta, spec, k))
+
+
+def _select(backend: Backend, A: Tensor, B: Tensor, theta: Tensor, spec: Spec, k: int) -> Tensor:
+    tau = backend.select(A, B, theta, spec, k)
+    return count(backend, A, B, theta, spec, k) if tau is None else tau
+
+
+def count(
+    backend: Backend,
+    A: Tensor,
+    B: Tensor,
+    theta: Tensor,
+    spec: Spec,
+    k: int,
+    add: Callable[[Tensor], Tensor] = lambda counts: counts,
+) -> Tensor:
+    """The k-th smallest \\|K\\| by counting over blocks of rows, which the backend writes as an ungated update.
+
+    Args:
+        add: turns the counts of this process's matrix into those of all pieces of it.
+    """
+    n, m = A.shape[0], B.shape[0]
+    rows = block_length(n * A.element_size(), m, A.device.type)
+    out = A.new_empty(rows, n)
+    ungated = Spec(spec.rank, 0.0, spec.kernel, spec.groups).applied
+    update = backend.prepare(Update(A, B, theta, A.new_zeros(()), ungated))
+
+    def tiles() -> Iterator[Tensor]:
+        for block in update.B.split(rows):
+            tile = out[: block.shape[0]]
+            backend.merge(update.with_rows(block), None, tile)
+            yield tile
+
+    return radix.smallest(k, tiles, A, add)

@@ -1,0 +1,85 @@
+"""The kernel functions: each a scalar function of pair statistics, one row of a table.
+
+A pair statistic of two rows ``b`` and ``a`` is their dot product or their distance ``norm2(b - a)``, over the whole
+rank axis or over each of its groups. docs/method.md lists the steps that add a kernel function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["KERNEL_FUNCTIONS", "KernelFunction"]
+
+
+def _distance(B: Tensor, A: Tensor) -> Tensor:
+    # Differences, not |b|^2 + |a|^2 - 2 b.a, which cancels where b is near a. The gradient at 0 is 0.
+    return torch.cdist(B, A, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def _dot(B: Tensor, A: Tensor) -> Tensor:
+    # B @ A.T may sum in another order for another shape; here a block of K has the bits of the whole matrix.
+    return (B.unsqueeze(1) * A).sum(-1)
+
+
+_STATISTICS = {"distance": _distance, "dot": _dot}
+
+
+@dataclass(frozen=True)
+class KernelFunction:
+    """A scalar function of pair statistics.
+
+    Attributes:
+        statistic: ``"dot"`` (``b . a``) or ``"distance"`` (``norm2(b - a)``).
+        grouped: whether there is one statistic per group of the rank axis, or one in all.
+        trains_theta: whether the scalar parameters are trained unless the user says otherwise.
+        initial_theta: ``(groups, scale) ->`` the starting values of the scalar parameters.
+        value: ``(statistics, theta) -> K``, elementwise over ``[m, n]`` statistics and differentiable.
+    """
+
+    statistic: str
+    grouped: bool
+    trains_theta: bool
+    initial_theta: Callable[[int, float], list[float]]
+    value: Callable[[Sequence[Tensor], Tensor], Tensor]
+
+    def num_statistics(self, groups: int) -> int:
+        """How many statistics :attr:`value` reads."""
+        return groups if self.grouped else 1
+
+    def statistics(self, A: Tensor, B: Tensor, groups: int) -> list[Tensor]:
+        """The statistics of all pairs of rows of ``B [m, r]`` and ``A [n, r]``, each ``[m, n]``."""
+        count, pair = self.num_statistics(groups), _STATISTICS[self.statistic]
+        return [pair(b, a) for b, a in zip(B.chunk(count, 1), A.chunk(count, 1), strict=True)]
+
+
+def _piecewise_linear(statistics: Sequence[Tensor], theta: Tensor) -> Tensor:
+    return sum(alpha * norm for alpha, norm in zip(theta, statistics, strict=True))
+
+
+def _sigmoid(statistics: Sequence[Tensor], theta: Tensor) -> Tensor:
+    alpha, beta, gamma = theta
+    z = beta * statistics[0]
+    # torch.sigmoid's bits change with an entry's place in its tensor. The exponent here never overflows.
+    negative = z < 0
+    e = torch.exp(torch.where(negative, z, -z))
+    return alpha * (torch.where(negative, e, 1) / (1 + e)) + gamma
+
+
+def _rbf(statistics: Sequence[Tensor], theta: Tensor) -> Tensor:
+    alpha, beta, gamma = theta
+    return alpha * torch.exp(-beta * statistics[0].square()) + gamma
+
+
+# theta of sigmoid and rbf is alpha, beta, gamma; gamma starts where kappa(0, 0) = 0.
+KERNEL_FUNCTIONS: dict[str, KernelFunction] = {
+    "piecewise_linear": KernelFunction(
+        "distance", True, False, lambda groups, scale: [scale * (-1.0) ** p for p in range(groups)], _piecewise_linear
+    ),
+    "linear": KernelFunction("dot", False, False, lambda groups, scale: [], lambda statistics, theta: statistics[0]),
+    "sigmoid": KernelFunction("dot", False, True, lambda groups, scale: [scale, 1.0, -scale / 2], _sigmoid),
+    "rbf": KernelFunction("distance", False, True, lambda groups, scale: [scale, 1.0, -scale], _rbf),
+}

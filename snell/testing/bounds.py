@@ -1,0 +1,276 @@
+"""How far an operation in the factors' precision may lie from the float64 reference, entry by entry.
+
+Every bound follows from the formulas: eps times the number of roundings times the sum of the magnitudes that were
+rounded, carried through the gate and the derivatives. Nothing here is fitted to a backend. The tests and ``snell
+doctor`` judge by these bounds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from snell import reference
+from snell.update import Update
+
+
+class _Statistic(NamedTuple):
+    """A pair statistic ``[m, n]`` in float64 (a distance as its norm), and the bound on a backend's."""
+
+    value: Tensor
+    error: Tensor
+
+
+class _Scalar(NamedTuple):
+    """What a kernel function's row of the table says of magnitudes, all ``[m, n]``.
+
+    Attributes:
+        error: bound on K.
+        slopes: of K by each statistic, a distance's divided by the norm; thetas: of K by each scalar parameter. Each
+            with the bound on it.
+    """
+
+    error: Tensor
+    slopes: list[tuple[Tensor, Tensor]]
+    thetas: list[tuple[Tensor, Tensor]]
+
+
+def _piecewise_linear(s: list[_Statistic], theta: Tensor, eps: float) -> _Scalar:
+    alphas = theta.abs()
+    slopes = [torch.where(norm == 0, 0, alpha / norm) for alpha, (norm, _) in zip(alphas, s, strict=True)]
+    relative = [torch.where(norm == 0, 0, error / norm) for norm, error in s]
+    error = torch.stack([alpha * norm_error for alpha, (_, norm_error) in zip(alphas, s, strict=True)]).sum(0)
+    return _Scalar(error, [(C, C * r) for C, r in zip(slopes, relative, strict=True)], [(n, e) for n, e in s])
+
+
+def _linear(s: list[_Statistic], theta: Tensor, eps: float) -> _Scalar:
+    one = torch.ones_like(s[0].value)
+    return _Scalar(s[0].error, [(one, torch.zeros_like(one))], [])
+
+
+def _sigmoid(s: list[_Statistic], theta: Tensor, eps: float) -> _Scalar:
+    (alpha, beta, _), (dot, dot_error) = theta.abs(), s[0]
+    unit = torch.sigmoid(theta[1] * dot)
+    unit_error = beta * dot_error / 4 + 16 * eps
+    slope, slope_error = alpha * unit * (1 - unit), alpha * unit_error
+    return _of_unit(s[0], theta, eps, (unit, unit_error), (slope, slope_error), beta)
+
+
+def _rbf(s: list[_Statistic], theta: Tensor, eps: float) -> _Scalar:
+    alpha, beta, _ = theta.abs()
+    square = _Statistic(s[0].value.square(), s[0].value * s[0].error)
+    unit = torch.exp(-theta[1] * square.value)
+    unit_error = unit * (beta * square.error + 16 * eps)
+    return _of_unit(square, theta, eps, (unit, unit_error), (alpha * unit, alpha * unit_error), 2 * beta)
+
+
+def _of_unit(
+    s: _Statistic,
+    theta: Tensor,
+    eps: float,
+    unit: tuple[Tensor, Tensor],
+    slope: tuple[Tensor, Tensor],
+    factor: Tensor,
+) -> _Scalar:
+    """alpha * unit + gamma, where ``slope`` is alpha times the derivative of unit by beta * statistic."""
+    alpha, _, gamma = theta.abs()
+    by_beta = slope[0] * s.value.abs(), slope[1] * s.value.abs() + slope[0] * s.error
+    by_gamma = torch.ones_like(unit[0]), torch.zeros_like(unit[0])
+    error = alpha * unit[1] + 4 * eps * (alpha + gamma)
+    return _Scalar(error, [(factor * slope[0], factor * (slope[1] + 8 * eps * slope[0]))], [unit, by_beta, by_gamma])
+
+
+#: How far each kernel function's scalar arithmetic may lie off.
+_ROWS: dict[str, Callable[[list[_Statistic], Tensor, float], _Scalar]] = {
+    "piecewise_linear": _piecewise_linear,
+    "linear": _linear,
+    "sigmoid": _sigmoid,
+    "rbf": _rbf,
+}
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The results of an update's operations in float64, and how far a backend's may lie from them.
+
+    Attributes:
+        update: factors in the backend's precision, and tau as the backend under test selected it.
+    """
+
+    update: Update
+
+    @property
+    def eps(self) -> float:
+        return torch.finfo(self.update.A.dtype).eps
+
+    @cached_property
+    def exact(self) -> Update:
+        """The update in float64."""
+        A, B, theta, tau = (t.detach().double() for t in self.update[:4])
+        return Update(A, B, theta, tau, self.update.spec)
+
+    def K(self) -> Tensor:
+        """K in float64."""
+        A, B, theta, _, spec = self.exact
+        return reference.kernel_matrix(A, B, theta, kernel=spec.kernel, groups=spec.groups)
+
+    def K_error(self) -> Tensor:
+        """Bound on a backend's K."""
+        return self._scalar.error
+
+    @cached_property
+    def _statistics(self) -> list[_Statistic]:
+        """Each sums r products or squares of once-rounded terms."""
+        A, B, _, _, spec = self.exact
+        rounding = 2 * (spec.rank + 8) * self.eps
+        values = spec.function.statistics(A, B, spec.groups)
+        if spec.function.statistic == "dot":
+            return [_Statistic(value, rounding * (B.abs() @ A.abs().T)) for value in values]
+        return [_Statistic(value, rounding * value) for value in values]
+
+    @cached_property
+    def _scalar(self) -> _Scalar:
+        return _ROWS[self.exact.spec.kernel](self._statistics, self.exact.theta, self.eps)
+
+    def gates(self) -> tuple[Tensor, Tensor]:
+        """Gates in float64, and their bound; an entry whose \\|K\\| is within rounding of tau may win or lose."""
+        K, error, tau, gate = self.K(), self.K_error(), self.exact.tau, self.exact.spec.gate
+        a, gates = K.abs(), reference.gate_values(K, tau, gate=gate)
+        if gate == "none":
+            return gates, torch.zeros_like(gates)
+        if gate == "soft":
+            return gates, torch.where(a + error <= tau, 0, error + 2 * self.eps * gates)
+        undecided = (a - tau).abs() <= error
+        won = a if gate == "magnitude" else torch.ones_like(a)
+        spread = error * (gates > 0) if gate == "magnitude" else torch.zeros_like(a)
+        return gates, torch.where(undecided, won + error, spread)
+
+    def delta(self) -> tuple[Tensor, Tensor]:
+        """dW in float64, and its bound."""
+        K, error = self.K(), self.K_error()
+        gates, gate_error = self.gates()
+        bound = K.abs() * gate_error + gates * error + gate_error * error
+        return K * gates, bound + 4 * self.eps * (K * gates).abs() + _tiny(self.update.A.dtype)
+
+    def merged(self, weight: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """dW or weight + dW in float64, and the bound once rounded to ``dtype``."""
+        value, bound = self.delta()
+        if weight is not None:
+            value = value + weight.double()
+            bound = bound + self.eps * (value.abs() + weight.double().abs())
+        return value, rounded(value, bound, dtype)
+
+    def gradients(self, G: Tensor, G_error: Tensor | float = 0.0) -> dict[str, tuple[Tensor, Tensor]]:
+        """Gradients of A, B and theta for G, in float64, and their bounds."""
+        *factors, tau, spec = self.exact
+        A, B, theta = leaves = tuple(t.clone().requires_grad_() for t in factors)
+        merged = reference.merge(A, B, theta, tau, kernel=spec.kernel, groups=spec.groups, gate=spec.gate)
+        values = torch.autograd.grad(merged, leaves, G.double(), materialize_grads=True, allow_unused=True)
+        names = ("grad_A", "grad_B", "grad_theta")
+        return dict(zip(names, zip(values, self._gradient_bounds(G.double(), G_error), strict=True), strict=True))
+
+    def _gradient_bounds(self, G: Tensor, G_error: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
+        A, B, theta, _, spec = self.exact
+        gates, gate_error = self.gates()
+        H = (G * gates).abs()
+        H_error = G.abs() * gate_error + (gates + gate_error) * G_error + 2 * self.eps * H
+
+        def carried(slope: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+            return H * slope, H_error * slope + (H + H_error) * error
+
+        groups = zip(*(t.chunk(spec.num_statistics, 1) for t in (A, B)), self._scalar.slopes, strict=True)
+        sides = [self._products(*carried(*slope), a, b) for a, b, slope in groups]
+        bound_A, bound_B = (torch.cat(side, 1) for side in zip(*sides, strict=True))
+        thetas = [self._total(*carried(*slope)) for slope in self._scalar.thetas]
+        return bound_A, bound_B, torch.stack(thetas) if thetas else torch.zeros_like(theta)
+
+    def _products(self, C: Tensor, error: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """C^T B and C A; of a distance, colsum(C) A - C^T B and rowsum(C) B - C A, rounded each for itself."""
+        A, B, m, n = A.abs(), B.abs(), B.shape[0], A.shape[0]
+        grown_A, grown_B = error + growth(m) * self.eps * C, error + growth(n) * self.eps * C
+        bound_A, bound_B = grown_A.T @ B, grown_B @ A
+        if self.exact.spec.function.statistic == "distance":
+            bound_A = bound_A + grown_A.sum(0).unsqueeze(1) * A
+            bound_B = bound_B + grown_B.sum(1, keepdim=True) * B
+        tiny = _tiny(self.update.A.dtype)
+        return bound_A + tiny, bound_B + tiny
+
+    def _total(self, terms: Tensor, error: Tensor) -> Tensor:
+        return error.sum() + growth(terms.numel()) * self.eps * terms.sum() + _tiny(self.update.A.dtype)
+
+
+#: Share of G by which a GPU's factor gradients may take it wrong where G comes in half precision: their products are
+#: tf32 products, two roundings of 2^-11, or 2^-10 where bits are cut off.
+TF32_ERROR = 2**-9
+
+
+def layer(
+    expected: Expected, x: Tensor, weight: Tensor | None, bias: Tensor | None, grad_y: Tensor, tf32_error: float = 0.0
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """y and the gradients of the layer in float64, with their bounds: those of its GEMMs around the update's.
+
+    Args:
+        expected: of the update.
+        x, grad_y: ``[..., n]`` and ``[..., m]``; results are ``[tokens, n]`` and ``[tokens, m]``.
+        weight: ``[m, n]``, or None for the update's share alone, ``x dW^T``.
+        bias: ``[m]`` or None.
+        tf32_error: what G's entries may be off by, as a share of them, beyond the rounding of its GEMM.
+    """
+    dtype, eps = x.dtype, torch.finfo(x.dtype).eps
+    (m, n), tokens = expected.update.shape, x.numel() // x.shape[-1]
+    x, grad_y = x.double().reshape(-1, n), grad_y.double().reshape(-1, m)
+    merged, merged_error = expected.merged(weight, dtype)
+    # A product of half-precision matrices is accumulated in float32 and rounded once.
+    single = max(expected.eps, torch.finfo(torch.float32).eps) if eps > 1e-6 else eps
+
+    def product(left: Tensor, right: Tensor, right_error: Tensor, terms: int) -> tuple[Tensor, Tensor]:
+        return left @ right, left.abs() @ right_error + growth(terms) * single * (left.abs() @ right.abs())
+
+    y, y_error = product(x, merged.T, merged_error.T, n)
+    if bias is not None:
+        y, y_error = y + bias.double(), y_error + single * (y.abs() + bias.double().abs())
+    grad_x, grad_x_error = product(grad_y, merged, merged_error, m)
+    G, G_error = product(grad_y.T, x, torch.zeros_like(x), tokens)
+    G_error = rounded(G, G_error, dtype) + tf32_error * G.abs()
+    return {
+        "y": (y, rounded(y, y_error, dtype)),
+        "grad_x": (grad_x, rounded(grad_x, grad_x_error, dtype)),
+        **expected.gradients(G, G_error),
+    }
+
+
+def growth(terms: int) -> float:
+    """Roundings that a sum of ``terms`` may gather: all of them, or 8 sqrt of many (they do not all agree)."""
+    return 8 + min(terms, 8 * math.sqrt(terms))
+
+
+def rounded(value: Tensor, bound: Tensor, dtype: torch.dtype) -> Tensor:
+    """``bound`` after rounding to ``dtype``."""
+    return bound + torch.finfo(dtype).eps * (value.abs() + bound) + _tiny(dtype)
+
+
+def share_of_bound(actual: Tensor, value: Tensor, bound: Tensor) -> float:
+    """The largest error of an entry of ``actual``, as a share of its bound; infinite where an entry is NaN."""
+    error = (actual.double() - value).abs()
+    share = torch.where(
+        error <= bound, torch.where(error == 0, 0, error / bound), (error / bound).nan_to_num(torch.inf)
+    )
+    return share.max().item() if share.numel() else 0.0
+
+
+def assert_within(actual: Tensor, value: Tensor, bound: Tensor, name: str) -> None:
+    """Every entry of ``actual`` is within its bound of ``value``."""
+    assert actual.shape == value.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(value.shape)}"
+    share = share_of_bound(actual, value, bound)
+    assert share <= 1, f"{name}: an entry is {share:.3g} x its bound off"
+
+
+def _tiny(dtype: torch.dtype) -> float:
+    # Products of the gate's size may fall below the smallest normal number, where spacing no longer shrinks.
+    return torch.finfo(dtype).tiny if dtype != torch.float16 else torch.finfo(dtype).smallest_normal * 2**-9
