@@ -18,7 +18,6 @@ from snell.update import Update
 __all__ = ["count", "select"]
 
 
-@torch.no_grad()
 def select(A: Tensor, B: Tensor, theta: Tensor, spec: Spec) -> Tensor:
     """The ceil(s*m*n)-th smallest \\|K\\|, a fresh 0-dim tensor of A's dtype; 0 where the sparsity is 0.
 
@@ -39,6 +38,7 @@ def select(A: Tensor, B: Tensor, theta: Tensor, spec: Spec) -> Tensor:
     return memo.remember(key, lambda: _select(backend, A, B, theta, spec, k))
 
 
+@torch.no_grad()
 def _select(backend: Backend, A: Tensor, B: Tensor, theta: Tensor, spec: Spec, k: int) -> Tensor:
     tau = backend.select(A, B, theta, spec, k)
     return count(backend, A, B, theta, spec, k) if tau is None else tau
