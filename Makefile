@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
-NATIVE := $(wildcard csrc/*)
+NATIVE := $(wildcard csrc/*.h csrc/*/*)
 
 .PHONY: demo test bench lint types wheel clean
 

@@ -14,7 +14,7 @@ from setuptools.command.build_ext import build_ext
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 ISAS = {"v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"], "v3": ["-march=x86-64-v3"]} if X86 else {}
-SIMD_SOURCES = ["csrc/merge.cpp", "csrc/select.cpp", "csrc/factor_grad.cpp"]
+SIMD_SOURCES = ["csrc/cpu/merge.cpp", "csrc/cpu/select.cpp", "csrc/cpu/factor_grad.cpp"]
 FLAGS = ["-std=c++17", "-O3", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=off", "-Wall", "-g0"]
 FLAGS += ["-Wno-maybe-uninitialized"]  # GCC's own AVX-512 header trips it
 
@@ -63,7 +63,7 @@ class PlatformWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-DEPENDS = [f"csrc/{name}.h" for name in ("api", "simd", "kappa", "tiles", "merge")]
+DEPENDS = ["csrc/api.h", *(f"csrc/cpu/{name}.h" for name in ("simd", "kappa", "tiles", "merge"))]
 
 PACKAGES = [
     "snell",
@@ -80,7 +80,7 @@ PACKAGES = [
 setup(
     packages=PACKAGES,
     package_dir={"snell.kernels": "kernels", "snell.bench": "bench"},
-    ext_modules=[Extension("snell._native", ["csrc/library.cpp"], depends=DEPENDS, language="c++", optional=True)]
+    ext_modules=[Extension("snell._native", ["csrc/cpu/library.cpp"], depends=DEPENDS, language="c++", optional=True)]
     if sys.platform != "win32"
     else [],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},

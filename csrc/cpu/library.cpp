@@ -3,7 +3,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "api.h"
+#include "../api.h"
 
 #define SNELL_EXPORT extern "C" __attribute__((visibility("default")))
 

@@ -8,7 +8,7 @@
 #include <immintrin.h>
 #endif
 
-#include "api.h"
+#include "../api.h"
 
 #define SNELL_INLINE inline __attribute__((always_inline))
 
