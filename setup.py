@@ -40,7 +40,7 @@ class BuildNative(build_ext):
             if isa == "base" or not any(part.exception() for part in parts):
                 objects += [name for part in parts for name in part.result()]
                 built.append(isa)
-        have = [f"-DSNELL_HAVE_{isa.upper()}" for isa in built]
+        have = ["-DSNELL_ISA=base", *(f"-DSNELL_HAVE_{isa.upper()}" for isa in built)]
         objects += [name for source in ext.sources for name in self._compile(source, "main", have)]
         self.compiler.link_shared_object(
             objects, self.get_ext_fullpath(ext.name), extra_postargs=["-fopenmp"], target_lang="c++"

@@ -3,10 +3,9 @@
 #include <cstdint>
 
 enum SnellDtype : int32_t { SNELL_F32 = 0, SNELL_F64 = 1, SNELL_BF16 = 2, SNELL_F16 = 3 };
-enum SnellKernel : int32_t { SNELL_PIECEWISE_LINEAR = 0, SNELL_LINEAR = 1, SNELL_SIGMOID = 2, SNELL_RBF = 3 };
-enum SnellGate : int32_t { SNELL_SOFT = 0, SNELL_MAGNITUDE = 1, SNELL_HARD = 2, SNELL_NONE = 3 };
 
 // An update: factors A [n, rank] and B [m, rank], theta and tau, all contiguous and of one dtype (F32 or F64).
+// `kernel` and `gate` are positions in the lists of names that snell_kernel_functions() and snell_gates() return.
 struct SnellUpdate {
   int64_t m, n, rank;
   const void *A, *B, *theta, *tau;

@@ -185,7 +185,7 @@ struct FactorGrad {
       parts.push_back(allocate<T>(u.n * A.rank));
       std::memset(parts.back().get(), 0, u.n * A.rank * sizeof(T));
     }
-    int num_theta = KF::num_theta(u.groups);
+    const int num_theta = KF::scalars * u.groups;
     std::vector<std::vector<double>> theta_parts(u.threads, std::vector<double>(num_theta));
 #pragma omp parallel num_threads(u.threads) if (u.threads > 1)
     {

@@ -25,13 +25,15 @@ struct Distance {
 };
 
 // Each kernel function names its statistic and, for vectors of pairs:
+//   grouped                                whether it takes one statistic per group, or one of the whole rank axis
+//   scalars                                how many entries of theta belong to each statistic
 //   add_group(theta, p, statistic, K)      K of the groups up to p; `statistic` becomes what `slope` wants kept
 //   slope(theta, p, kept, H, dtheta)       C = H * dkappa/d(statistic), times 2 for a squared distance, so that
 //                                          dB_i += C (b - a) or C a; dtheta[] += H * dkappa/dtheta
 // theta comes as an array of scalars.
 struct PiecewiseLinear : Distance {
   static constexpr bool grouped = true;
-  static int num_theta(int groups) { return groups; }
+  static constexpr int scalars = 1;
   template <class T, class V>
   static SNELL_INLINE V add_group(const T* theta, int p, V& statistic, V K) {
     statistic = sqrt(statistic);
@@ -46,7 +48,7 @@ struct PiecewiseLinear : Distance {
 
 struct Linear : Dot {
   static constexpr bool grouped = false;
-  static int num_theta(int) { return 0; }
+  static constexpr int scalars = 0;
   template <class T, class V>
   static SNELL_INLINE V add_group(const T*, int, V& statistic, V) {
     return statistic;
@@ -59,7 +61,7 @@ struct Linear : Dot {
 
 struct Sigmoid : Dot {
   static constexpr bool grouped = false;
-  static int num_theta(int) { return 3; }
+  static constexpr int scalars = 3;
   template <class T, class V>
   static SNELL_INLINE V add_group(const T* theta, int, V& statistic, V) {
     return fma(splat(theta[0]), T(1) / (T(1) + exp(-theta[1] * statistic)), splat(theta[2]));
@@ -77,7 +79,7 @@ struct Sigmoid : Dot {
 
 struct Rbf : Distance {
   static constexpr bool grouped = false;
-  static int num_theta(int) { return 3; }
+  static constexpr int scalars = 3;
   template <class T, class V>
   static SNELL_INLINE V add_group(const T* theta, int, V& statistic, V) {
     return fma(splat(theta[0]), exp(-theta[1] * statistic), splat(theta[2]));
@@ -93,13 +95,34 @@ struct Rbf : Distance {
   }
 };
 
+// The names that a caller passes as positions in this list. A new kernel function is a struct above and a line here.
+#define SNELL_KERNEL_FUNCTIONS(ROW)        \
+  ROW("piecewise_linear", PiecewiseLinear) \
+  ROW("linear", Linear)                    \
+  ROW("sigmoid", Sigmoid)                  \
+  ROW("rbf", Rbf)
+
+// The gates, as positions too. A new gate is a line here and one in gate_of.
+#define SNELL_GATES(ROW)            \
+  ROW("soft", GATE_SOFT)            \
+  ROW("magnitude", GATE_MAGNITUDE)  \
+  ROW("hard", GATE_HARD)            \
+  ROW("none", GATE_NONE)
+
+#define SNELL_KERNEL(name, KF) KERNEL_##KF,
+#define SNELL_GATE(name, gate) gate,
+enum Kernel : int32_t { SNELL_KERNEL_FUNCTIONS(SNELL_KERNEL) };
+enum Gate : int32_t { SNELL_GATES(SNELL_GATE) };
+#undef SNELL_KERNEL
+#undef SNELL_GATE
+
 // gate(|K|) with losers at 0 and NaN kept NaN.
 template <class T>
 SNELL_INLINE Vec<T> gate_of(Vec<T> magnitude, T tau, int gate) {
-  if (gate == SNELL_NONE) return splat(T(1));
+  if (gate == GATE_NONE) return splat(T(1));
   Vec<T> value = magnitude;
-  if (gate == SNELL_SOFT) value = magnitude - tau;
-  if (gate == SNELL_HARD) value = magnitude == magnitude ? splat(T(1)) : magnitude;
+  if (gate == GATE_SOFT) value = magnitude - tau;
+  if (gate == GATE_HARD) value = magnitude == magnitude ? splat(T(1)) : magnitude;
   return magnitude <= tau ? Vec<T>{} : value;
 }
 

@@ -3,7 +3,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "../api.h"
+#include "kappa.h"
 
 #define SNELL_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -68,6 +68,11 @@ int guarded(Function function) {
 }  // namespace
 
 SNELL_EXPORT const char* snell_isa() { return table.name; }
+
+// The names of the kernel functions and of the gates, by position, separated by commas.
+#define SNELL_NAME(name, ...) "," name
+SNELL_EXPORT const char* snell_kernel_functions() { return &(SNELL_KERNEL_FUNCTIONS(SNELL_NAME))[1]; }
+SNELL_EXPORT const char* snell_gates() { return &(SNELL_GATES(SNELL_NAME))[1]; }
 
 SNELL_EXPORT int snell_merge(const SnellUpdate* u, const SnellMatrix* weight, const SnellMatrix* out) {
   return guarded([&] { table.merge(*u, weight, out); });

@@ -212,7 +212,7 @@ struct Density {
     Operand<T> u(update, KF::grouped);
     int64_t survivors = 0;
     for (int64_t i = 0; i < samples; ++i) survivors += !(sample_one<KF>(u, i) <= u.tau);
-    *density = u.gate == SNELL_NONE ? 1.0 : double(survivors) / double(samples);
+    *density = u.gate == GATE_NONE ? 1.0 : double(survivors) / double(samples);
   }
 };
 

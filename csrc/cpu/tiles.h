@@ -137,10 +137,10 @@ void dispatch(const SnellUpdate& u, Args... args) {
   auto with = [&](auto dtype) {
     using T = decltype(dtype);
     switch (u.kernel) {
-      case SNELL_PIECEWISE_LINEAR: return Function<PiecewiseLinear, T>::run(u, args...);
-      case SNELL_LINEAR: return Function<Linear, T>::run(u, args...);
-      case SNELL_SIGMOID: return Function<Sigmoid, T>::run(u, args...);
-      default: return Function<Rbf, T>::run(u, args...);
+#define SNELL_CASE(name, KF) \
+  case KERNEL_##KF: return Function<KF, T>::run(u, args...);
+      SNELL_KERNEL_FUNCTIONS(SNELL_CASE)
+#undef SNELL_CASE
     }
   };
   u.dtype == SNELL_F32 ? with(float{}) : with(double{});
