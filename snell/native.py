@@ -1,4 +1,4 @@
-"""The native library: found, loaded and called through ctypes; csrc/api.h is the other side.
+"""The native library: found, loaded and called through ctypes. csrc/api.h has its structures.
 
 Tensors lie in the computer's own memory; factors are contiguous.
 """
@@ -20,8 +20,6 @@ from snell.update import Gradients, Update
 PATH = Path(__file__).with_name("_native.so")
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_KERNELS = {"piecewise_linear": 0, "linear": 1, "sigmoid": 2, "rbf": 3}
-_GATES = {"soft": 0, "magnitude": 1, "hard": 2, "none": 3}
 
 
 class _Update(Structure):
@@ -57,7 +55,8 @@ def _truncated() -> str | None:
 
 
 def _declare(library: ctypes.CDLL) -> None:
-    library.snell_isa.restype = c_char_p
+    for names in (library.snell_isa, library.snell_kernel_functions, library.snell_gates):
+        names.restype = c_char_p
     library.snell_merge.argtypes = [POINTER(_Update), POINTER(_Matrix), POINTER(_Matrix)]
     library.snell_select.argtypes = [POINTER(_Update), c_int64, c_void_p]
     library.snell_density.argtypes = [POINTER(_Update), c_int64, POINTER(c_double)]
@@ -84,7 +83,13 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     return library, None
 
 
+def _positions(names: bytes) -> dict[str, int]:
+    return {name: position for position, name in enumerate(names.decode().split(","))}
+
+
 _library, _problem = _load()
+_KERNELS = _positions(_library.snell_kernel_functions()) if _library else {}
+_GATES = _positions(_library.snell_gates()) if _library else {}
 if _problem:
     warnings.warn(f"snell's native library {_problem}; layers on the CPU use the slower PyTorch backend", stacklevel=2)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from snell import native
+from snell.spec import GATES, KERNEL_FUNCTIONS
 
 CHECK = """
 import torch
@@ -53,6 +54,12 @@ def _run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 def _can_run(isa: str) -> bool:
     probe = "from snell import native; print(native.instruction_set())"
     return _run(probe, SNELL_ISA=isa).stdout.strip() == isa
+
+
+@pytest.mark.skipif(not native.available(), reason="the native library was not built")
+def test_the_library_knows_every_kernel_function_and_gate() -> None:
+    assert set(native._KERNELS) == set(KERNEL_FUNCTIONS)
+    assert set(native._GATES) == set(GATES)
 
 
 @pytest.mark.skipif(not native.available(), reason="the native library was not built")
