@@ -218,14 +218,18 @@ def _linear_gradients(ctx, grad_y):
 _refuse_twice = once_differentiable(_linear_gradients)
 
 
-def linear(x: Tensor, weight: Tensor | None, bias: Tensor | None, update: Update) -> Tensor:
-    """``snell::linear``."""
-    if torch.compiler.is_compiling():
-        return torch.ops.snell.linear.default(x, weight, bias, *_flat(update))
+def _autograd(x: Tensor, weight: Tensor | None, bias: Tensor | None, update: Update) -> Tensor:
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, *update[:3])):
         return _Linear.apply(x, weight, bias, *update)
     return _forward(x, weight, bias, update)
 
 
+def linear(x: Tensor, weight: Tensor | None, bias: Tensor | None, update: Update) -> Tensor:
+    """``snell::linear``; at once the function behind it where the compiler does not look, a dispatch cheaper."""
+    if torch.compiler.is_compiling():
+        return torch.ops.snell.linear.default(x, weight, bias, *_flat(update))
+    return _autograd(x, weight, bias, update)
+
+
 # By hand: what register_autograd builds parses the schema at every call, which costs a small layer as much as its work.
-_LIBRARY.impl("linear", lambda x, weight, bias, *flat: linear(x, weight, bias, _update(*flat)), "Autograd")
+_LIBRARY.impl("linear", lambda x, weight, bias, *flat: _autograd(x, weight, bias, _update(*flat)), "Autograd")
