@@ -72,7 +72,9 @@ def _accumulate(H: Tensor, tile: Update, grads: Gradients) -> None:
     function = spec.function
     theta = theta.detach().requires_grad_()
     statistics = [s.detach().requires_grad_() for s in function.statistics(A, B, spec.groups)]
-    with torch.enable_grad():
+    # An operation's function runs below autograd, where nothing is recorded unless its key is let in again.
+    autograd = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
+    with torch.enable_grad(), autograd:
         K = function.value(statistics, theta)
     *slopes, grad_theta = torch.autograd.grad(K, [*statistics, theta], H, materialize_grads=True, allow_unused=True)
     grads.theta.add_(grad_theta)
