@@ -47,8 +47,8 @@ _spec = lru_cache(Spec)
 
 
 def _update(A: Tensor, B: Tensor, theta: Tensor, tau: Tensor, kernel: str, groups: int, gate: str) -> Update:
-    # The gate says all that the sparsity would: tau is given.
-    return Update(A, B, theta, tau, _spec(A.shape[1], 0.0 if gate == "none" else 0.5, kernel, groups, gate))
+    # The gate says all that the sparsity would: tau is given. While the compiler traces, a size may be a symbol.
+    return Update(A, B, theta, tau, _spec(int(A.shape[1]), 0.0 if gate == "none" else 0.5, kernel, groups, gate))
 
 
 def _flat(update: Update) -> tuple:
