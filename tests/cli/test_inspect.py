@@ -15,10 +15,12 @@ from safetensors.torch import load_file, save_file
 sys.path.append(str(Path(__file__).parents[1] / "peft"))
 from small_models import adapted, batch, build, config, train
 
-from snell import schedule
+from snell import blocks
 from snell.cli import main
 from snell.cli.inspect_picture import draw
 from snell.cli.survivors import BINS, held_by_fullest_tenth, spread
+from snell.functional import dense
+from snell.merging import row_blocks
 from snell.peft.layer import AdaptedLinear
 from snell.spec import Spec
 from snell.update import Update
@@ -60,17 +62,17 @@ def test_figures_are_those_of_the_dense_matrices(tmp_path, name, settings):
     layers = layers_of(model)
     assert rows.keys() == layers.keys()
     for layer_name, layer in layers.items():
-        row, dense = rows[layer_name], layer._update("default").rows().detach()
+        row, delta = rows[layer_name], dense(layer._update("default")).detach()
         weight = layer.base_layer.weight.detach()
-        assert (row["out_features"], row["in_features"]) == dense.shape
+        assert (row["out_features"], row["in_features"]) == delta.shape
         assert (row["rank"], row["sparsity_asked"]) == (
             layer.snell_spec["default"].rank,
             layer.snell_spec["default"].sparsity,
         )
-        assert row["survivors"] == dense.count_nonzero()
-        assert row["sparsity_counted"] == pytest.approx(1 - row["survivors"] / dense.numel())
+        assert row["survivors"] == delta.count_nonzero()
+        assert row["sparsity_counted"] == pytest.approx(1 - row["survivors"] / delta.numel())
         assert row["tau"] == layer._update("default").tau.item()
-        assert row["norm"] == pytest.approx(dense.double().norm().item(), rel=1e-12)
+        assert row["norm"] == pytest.approx(delta.double().norm().item(), rel=1e-12)
         assert row["base_norm"] == pytest.approx(weight.double().norm().item(), rel=1e-12)
         assert row["ratio"] == pytest.approx(row["norm"] / row["base_norm"])
         assert layer_name in done.output
@@ -78,17 +80,18 @@ def test_figures_are_those_of_the_dense_matrices(tmp_path, name, settings):
 
 
 def test_counts_and_grid_are_those_of_the_dense_matrix_block_by_block(monkeypatch):
-    monkeypatch.setattr(schedule, "WORKSPACE_BYTES", 64 * 1024)  # several blocks
+    monkeypatch.setattr(blocks, "WORKSPACE_BYTES", 64 * 1024)  # several blocks
     m, n = 300, 130
     A, B, theta = torch.randn(n, 4), torch.randn(m, 4), torch.tensor([0.1, -0.1])
     tau = torch.tensor(0.15)
     update = Update(A, B, theta, tau, Spec(4, 0.5))
-    assert len(list(update.row_blocks())) > 1
-    found, survives = spread(update), update.rows() != 0
+    assert len(list(row_blocks(update))) > 1
+    delta = dense(update)
+    found, survives = spread(update), delta != 0
     assert found.count == survives.sum()
     assert found.by_row.equal(survives.sum(1))
     assert found.by_column.equal(survives.sum(0))
-    assert found.norm == pytest.approx(update.rows().double().norm().item())
+    assert found.norm == pytest.approx(delta.double().norm().item())
     assert found.grid.shape == (BINS, BINS)
     rows, columns = (torch.arange(size) * BINS // size for size in (m, n))
     for i, j in ((0, 0), (31, 7), (BINS - 1, BINS - 1)):
