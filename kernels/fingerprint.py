@@ -12,7 +12,8 @@ from torch import Tensor
 
 from snell.kernels import launch
 
-BLOCK = 256
+#: Rows and rank columns whose numbers one program of verify has in flight at a time.
+BLOCK, COLUMNS = 256, 8
 
 
 @triton.jit
@@ -27,6 +28,27 @@ def _mix(x):
 def hash_bits(x, position, mask):
     bits = x.to(tl.uint32, bitcast=True).to(tl.uint64)
     return tl.where(mask, _mix((position.to(tl.uint64) << 32) ^ bits), 0)
+
+
+@triton.jit
+def hash_columns(ptr, stride, i, mask, first, RANK: tl.constexpr, COLUMNS: tl.constexpr):
+    """The hashes of rows ``i``, whose first numbers lie at ``ptr``, over COLUMNS rank columns from ``first``."""
+    total = tl.zeros(i.shape, tl.uint64)
+    for j in tl.static_range(COLUMNS):
+        k = tl.zeros_like(i) + (first + j)
+        inside = mask & (k < RANK)
+        total += hash_bits(tl.load(ptr + k * stride, inside, 0.0), i * RANK + k, inside)
+    return total
+
+
+@triton.jit
+def hash_theta(theta_ptr, i, mine, NUM_THETA: tl.constexpr):
+    """The hashes of theta, where they are this program's: counted from -1 downwards, apart from the factors."""
+    total = tl.zeros(i.shape, tl.uint64)
+    if NUM_THETA > 0:
+        mask = i < tl.where(mine, NUM_THETA, 0)
+        total += hash_bits(tl.load(theta_ptr + i, mask, 0.0), -1 - i.to(tl.int64), mask)
+    return total
 
 
 @triton.jit
@@ -47,20 +69,19 @@ def verify_kernel(
     NUM_THETA: tl.constexpr,
     RANK: tl.constexpr,
     BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    """tau, or NaN where the hash of A, B and theta is another; a program owns BLOCK rows of A over B.
+    """tau, or NaN where the hash of A, B and theta is another; a program owns COLUMNS columns of BLOCK rows.
 
     ``state``: two zeros, the sum of the programs' hashes and how many have arrived.
     """
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.uint64)
-    for k in range(RANK):
-        a = tl.load(a_ptr + i * a_row_stride + k * a_col_stride, i < n, 0.0)
-        b = tl.load(b_ptr + (i - n) * b_row_stride + k * b_col_stride, (i >= n) & (i < length), 0.0)
-        total += hash_bits(tl.where(i < n, a, b), i * RANK + k, i < length)
-    if NUM_THETA > 0:
-        mask = i < NUM_THETA
-        total += hash_bits(tl.load(theta_ptr + i, mask, 0.0), -1 - i, mask)
+    across = tl.cdiv(length, BLOCK)
+    i = (tl.program_id(0) % across).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    first = tl.program_id(0) // across * COLUMNS
+    total = hash_columns(a_ptr + i * a_row_stride, a_col_stride, i, i < n, first, RANK, COLUMNS)
+    b_ptr += (i - n) * b_row_stride
+    total += hash_columns(b_ptr, b_col_stride, i, (i >= n) & (i < length), first, RANK, COLUMNS)
+    total += hash_theta(theta_ptr, tl.arange(0, BLOCK), tl.program_id(0) == 0, NUM_THETA)
     tl.atomic_add(state_ptr, tl.sum(total).to(tl.int64))
     # The last program to arrive sees every sum.
     arrived = tl.atomic_add(state_ptr + 1, tl.full([], 1, tl.int64))
@@ -77,10 +98,11 @@ def verify(A: Tensor, B: Tensor, theta: Tensor, tau: Tensor, fingerprint: Tensor
     out = torch.empty_like(tau)
     launch.run(
         verify_kernel,
-        triton.cdiv(length, BLOCK),
+        triton.cdiv(length, BLOCK) * triton.cdiv(A.shape[1], COLUMNS),
         (A, B, theta, tau, fingerprint, state, out, *A.stride(), *B.stride(), n, length),
         NUM_THETA=theta.numel(),
         RANK=A.shape[1],
         BLOCK=BLOCK,
+        COLUMNS=COLUMNS,
     )
     return out

@@ -35,6 +35,14 @@ def num_processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Whether the device's current stream is being captured into a graph."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
 def row(operation: str, like: Tensor) -> Row:
     """The launch table's row for the device ``like`` lives on: that of the newest architecture not above it."""
     arch = _architecture(like.device.index) if like.is_cuda else 90

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -11,17 +12,21 @@ import torch
 import triton
 from torch import Tensor
 
-from snell.kernels import launch, select
+from snell.kernels import count, launch, select
+from snell.spec import Spec
 from snell.update import Parameters
 
 #: Keys of a bracket are sorted into this many bins: 2^31, 2^18, 2^5, 1 key a bin in three passes.
 BINS = 8192
-#: Passes over K a call may need: one with a bracket that missed, three that narrow all keys to one.
-PASSES = 4
+#: Passes over K that are launched; what they leave open, the second's last program settles alone.
+PASSES = 2
 #: Keys a bucket may keep: what one program sorts out in registers.
 BUCKET = 2048
 #: Entries sampled at most: 4 standard deviations are then 0.7 % of the ranks at s = 0.9.
 SAMPLES = 32768
+#: Samples, or rows of the factors, of one program of the bracket kernel: a thread's each. The last one then sorts all
+#: samples with 32 a thread. It hashes this many rank columns.
+BLOCK, COLUMNS = 1024, 8
 #: Counting programs a layer gets for each multiprocessor: enough that layers of ragged sizes even out.
 PROGRAMS = 8
 #: Workspace of one call; a group of layers that needs more goes in several.
@@ -31,7 +36,13 @@ SLOTS = 4096
 
 
 class _Plan(NamedTuple):
-    """What sizes alone decide about a layer, in the order of ``select.FIELDS`` from ``m`` to ``bucket``."""
+    """What sizes alone decide about a layer.
+
+    Attributes:
+        k: the rank of tau.
+        samples: entries sampled; low, high: the order statistics of them that bracket tau (outside 1..samples: none).
+        bucket: the keys a bucket holds.
+    """
 
     m: int
     n: int
@@ -42,42 +53,45 @@ class _Plan(NamedTuple):
     bucket: int
 
 
-class _Device:
-    """What outlives a call on a device: remembered thresholds and the tables of calls seen.
+class _Memo:
+    """Thresholds a device remembers: a layer's fingerprint, and half of that again above tau's bits.
 
-    A captured graph keeps the addresses it saw, so neither is ever freed.
+    A captured graph keeps the address it saw, so it is never freed. Nothing else outlives a call.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.memo = torch.zeros(SLOTS, 2, dtype=torch.int64, device=device)
         self._slots: OrderedDict[tuple, int] = OrderedDict()
-        self._tables: dict[tuple, tuple[Tensor, Tensor]] = {}
+        #: Part of what fingerprints start from: another one, and nothing is remembered.
+        self.generation = 0
 
-    def slot(self, key: tuple) -> int:
-        """The slot of ``key``; the fingerprint tells whether what it holds is the caller's."""
+        def allocate() -> None:
+            self._held = torch.zeros(SLOTS, 2, dtype=torch.int64, device=device)
+            if device.type == "cuda":
+                torch.cuda.current_stream(device).synchronize()
+
+        # In a thread of its own: torch.compile's "reduce-overhead" diverts what the calling thread allocates to a
+        # graph's pool, where nothing may live on.
+        thread = threading.Thread(target=allocate)
+        thread.start()
+        thread.join()
+
+    def slot(self, key: tuple) -> Tensor:
+        """The numbers remembered for ``key``; the fingerprint tells whether they are the caller's."""
         if key not in self._slots:
             free = len(self._slots) if len(self._slots) < SLOTS else self._slots.popitem(last=False)[1]
             self._slots[key] = free
         self._slots.move_to_end(key)
-        return self._slots[key]
-
-    def table(self, rows: tuple[tuple[int, ...], ...]) -> Tensor:
-        if rows not in self._tables:
-            host = torch.tensor(rows, dtype=torch.int64, device="cpu")
-            if self.device.type == "cuda":
-                host = host.pin_memory()  # so that the copy does not wait for the device
-            self._tables[rows] = host, host.to(self.device, non_blocking=True)
-        return self._tables[rows][1]
+        return self._held[self._slots[key]]
 
 
-_devices: dict[torch.device, _Device] = {}
+_memos: dict[torch.device, _Memo] = {}
 
 
-def _on(device: torch.device) -> _Device:
-    if device not in _devices:
-        _devices[device] = _Device(device)
-    return _devices[device]
+def _memo(device: torch.device) -> _Memo | None:
+    """The device's memo; None while a graph is captured if there is none yet, as one made then would be the graph's."""
+    if device not in _memos and not launch.is_capturing(device):
+        _memos[device] = _Memo(device)
+    return _memos.get(device)
 
 
 def _plan(layer: Parameters) -> _Plan:
@@ -96,106 +110,82 @@ def _plan(layer: Parameters) -> _Plan:
     return _Plan(m, n, k, samples, low, high, bucket if bucket <= BUCKET else 0)
 
 
-def _bytes(plan: _Plan, rank: int) -> int:
-    return 4 * ((plan.m + plan.n) * rank + SAMPLES + BINS * plan.bucket) + 8 * (select.HEAD + BINS)
-
-
-def _calls(plans: Sequence[_Plan], rank: int) -> Iterator[slice]:
-    """Runs of layers whose workspace fits; a layer that fits nowhere goes alone."""
-    start, used = 0, 0
+def _calls(plans: Sequence[_Plan], spec: Spec) -> Iterator[list[int]]:
+    """Runs of layers that share launches: of one plan, and with a workspace that fits unless one alone needs more."""
+    alike: dict[_Plan, list[int]] = {}
     for i, plan in enumerate(plans):
-        size = _bytes(plan, rank)
-        if i > start and used + size > WORKSPACE_BYTES:
-            yield slice(start, i)
-            start, used = i, 0
-        used += size
-    yield slice(start, len(plans))
+        alike.setdefault(plan, []).append(i)
+    for plan, members in alike.items():
+        size = 4 * ((plan.m + plan.n) * spec.rank + SAMPLES + BINS * plan.bucket) + 8 * (select.HEAD.value + BINS)
+        count = max(1, WORKSPACE_BYTES // size)
+        yield from (members[start : start + count] for start in range(0, len(members), count))
 
 
 def select_thresholds(layers: Sequence[Parameters]) -> tuple[Tensor, Tensor]:
-    """tau (float32) and fingerprint (int64) of every layer, ``[len(layers)]`` each, all layers in the same launches.
+    """tau (float32) and fingerprint (int64) of every layer, ``[len(layers)]`` each, like layers in shared launches.
 
     Args:
         layers: float32 ``A [n, r]``, ``B [m, r]``, ``theta [t]`` and their make-up, of one device, rank, kernel
             function and number of groups; every sparsity lies in (0, 1).
     """
     plans = [_plan(layer) for layer in layers]
-    taus = layers[0][0].new_empty(len(layers))
-    calls = _calls(plans, layers[0][3].rank)
-    fingerprints = [_select(layers[call], plans[call], taus[call]) for call in calls]
-    return taus, fingerprints[0] if len(fingerprints) == 1 else torch.cat(fingerprints)
+    calls = list(_calls(plans, layers[0][3]))
+    found = [_select([layers[i] for i in call], plans[call[0]]) for call in calls]
+    if len(found) == 1:
+        return found[0]
+    order = sorted(range(len(layers)), key=[i for call in calls for i in call].__getitem__)
+    taus, fingerprints = ([one for part in parts for one in part.unbind()] for parts in zip(*found, strict=True))
+    return torch.stack([taus[i] for i in order]), torch.stack([fingerprints[i] for i in order])
 
 
-def _select(layers: Sequence[Parameters], plans: Sequence[_Plan], taus: Tensor) -> Tensor:
-    """Write the layers' taus, and return a view of their fingerprints."""
-    device, count, spec = taus.device, len(layers), layers[0][3]
-    known = _on(device)
-    rows, column, thetas, buckets = [], 0, 0, 0
-    for (A, B, theta, _), plan in zip(layers, plans, strict=True):
-        setting = (*plan, spec.rank, spec.kernel, spec.groups)
-        slot = known.slot((A.data_ptr(), B.data_ptr(), theta.data_ptr(), *setting))
-        salt = hash(setting)
-        rows.append((column, column + plan.n, thetas, *plan, buckets, slot, salt))
-        column, thetas, buckets = column + plan.n + plan.m, thetas + theta.numel(), buckets + BINS * plan.bucket
+def _select(layers: Sequence[Parameters], plan: _Plan) -> tuple[Tensor, Tensor]:
+    """The taus of layers with one plan, and a view of their fingerprints."""
+    (A, B, theta, spec), number = layers[0], len(layers)
+    device, num_theta = A.device, theta.numel()
+    # One layer alone may be called for again unchanged; together they are selected for once a step.
+    memo = _memo(device) if number == 1 else None
+    salt, slot = 0, A
+    if memo is not None:
+        make = (*plan, spec.rank, spec.kernel, spec.groups)
+        salt = hash((*make, memo.generation))
+        slot = memo.slot((A.data_ptr(), B.data_ptr(), theta.data_ptr(), *make))
     factors = torch.cat([t.t() for A, B, _, _ in layers for t in (A, B)], dim=1)
-    theta = layers[0][2] if count == 1 else torch.cat([layer[2] for layer in layers])
-    table, memo = known.table(tuple(rows)), known.memo
-    state = torch.zeros(count, select.HEAD + BINS, dtype=torch.int64, device=device)
-    samples = torch.empty(count, SAMPLES, dtype=torch.int32, device=device)
-    bucket = torch.empty(buckets, dtype=torch.int32, device=device)
-
+    theta = theta if number == 1 else torch.cat([layer[2] for layer in layers])
+    taus = torch.empty(number, dtype=torch.float32, device=device)
+    state = torch.zeros(number, select.HEAD.value + BINS, dtype=torch.int64, device=device)
+    samples = torch.empty(number, SAMPLES, dtype=torch.int32, device=device)
+    bucket = torch.empty(number * BINS * plan.bucket, dtype=torch.int32, device=device)
     stride = factors.stride(0)
-    setting = launch.meta(spec) | {"BINS": BINS}
-    launch.run(
-        select.fingerprint_kernel,
-        (triton.cdiv(max(p.m + p.n for p in plans), 256), count),
-        (factors, theta, table, state, memo, stride),
-        NUM_THETA=layers[0][2].numel(),
-        RANK=spec.rank,
-        BINS=BINS,
-        BLOCK=256,
-    )
-    launch.run(
-        select.sample_kernel,
-        (triton.cdiv(max(p.samples for p in plans), 256), count),
-        (factors, theta, table, state, memo, samples, stride),
-        SAMPLES=SAMPLES,
-        BLOCK=256,
-        **setting,
-    )
+    setting = launch.meta(spec) | {"HAS_MEMO": memo is not None, "NUM_THETA": num_theta, "BINS": BINS}
+    hashing = triton.cdiv(plan.m + plan.n, BLOCK) * triton.cdiv(spec.rank, COLUMNS)
     launch.run(
         select.bracket_kernel,
-        count,
-        (table, state, memo, samples, taus),
+        (max(hashing, triton.cdiv(plan.samples, BLOCK)), number),
+        (factors, theta, state, slot, samples, taus, stride, plan.m, plan.n, plan.samples, plan.low, plan.high, salt),
         SAMPLES=SAMPLES,
-        BINS=BINS,
-        num_warps=32,
+        BLOCK=BLOCK,
+        COLUMNS=COLUMNS,
+        num_warps=BLOCK // 32,
+        **setting,
     )
     row = launch.row("select", taus)
-    tiles = max(launch.tiles(p.m, p.n, row) for p in plans)
-    programs = min(tiles, PROGRAMS * launch.num_processors(device))
-    for _ in range(PASSES):
+    programs = min(launch.tiles(plan.m, plan.n, row), PROGRAMS * launch.num_processors(device))
+    sizes = stride, plan.m, plan.n, plan.k, plan.bucket, salt
+    for count_pass in range(PASSES):
         launch.run(
-            select.count_kernel,
-            (programs, count),
-            (factors, theta, table, state, memo, bucket, stride),
+            count.count_kernel,
+            (programs, number),
+            (factors, theta, state, slot, bucket, taus, *sizes, int(count_pass == PASSES - 1)),
             row,
+            BUCKET=BUCKET,
             BLOCK_M=row.block_m,
             BLOCK_N=row.block_n,
             **setting,
         )
-        launch.run(
-            select.choose_kernel,
-            count,
-            (table, state, memo, bucket, taus),
-            BINS=BINS,
-            BUCKET=BUCKET,
-            num_warps=8,
-        )
-    return state[:, select.HASH]
+    return taus, state[:, select.HASH.value]
 
 
 def forget() -> None:
     """Let every device forget the thresholds it remembers, so that the next call selects anew."""
-    for device in _devices.values():
-        device.memo.zero_()
+    for memo in _memos.values():
+        memo.generation += 1
