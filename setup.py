@@ -74,6 +74,8 @@ PACKAGES = [
     "snell.competition",
     "snell.kernels",
     "snell.peft",
+    "snell.peft.common",
+    "snell.peft.snell",
     "snell.testing",
 ]
 
