@@ -21,7 +21,7 @@ from snell.cli.inspect_picture import draw
 from snell.cli.survivors import BINS, held_by_fullest_tenth, spread
 from snell.functional import dense
 from snell.merging import row_blocks
-from snell.peft.layer import AdaptedLinear
+from snell.peft import AdaptedLinear
 from snell.spec import Spec
 from snell.update import Update
 

@@ -326,7 +326,7 @@ def test_importing_snell_needs_neither_peft_nor_transformers():
         "try:\n    import snell.peft\nexcept ImportError as error:\n    print(error)"
     )
     answer = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, env=os.environ, check=True)
-    assert "pip install 'snell[peft]'" in answer.stdout
+    assert "pip install 'peft>=0.20' 'transformers>=5.17'" in answer.stdout
 
 
 def test_the_tuner_is_what_pefts_registry_holds():

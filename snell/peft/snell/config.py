@@ -9,7 +9,7 @@ from peft.config import PeftConfig
 from peft.utils.other import get_pattern_key
 
 from snell.kernel_functions import KERNEL_FUNCTIONS
-from snell.peft.kind import SNELL
+from snell.peft.common.kind import kind
 from snell.spec import Spec
 
 __all__ = ["SnellConfig"]
@@ -105,7 +105,7 @@ class SnellConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = SNELL
+        self.peft_type = kind("SNELL")
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, list) else value)

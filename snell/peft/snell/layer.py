@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from snell import functional
 from snell.initial import draw, draw_identity
 from snell.merging import Merged, merge_into, row_blocks
-from snell.peft import base, checkpoint
-from snell.peft.config import SnellConfig
+from snell.peft.common import base, checkpoint
+from snell.peft.snell.config import SnellConfig
 from snell.spec import Spec
 from snell.update import Parameters, Update
 

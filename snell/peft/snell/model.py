@@ -14,9 +14,9 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from snell.peft import checkpoint
-from snell.peft.config import SnellConfig
-from snell.peft.layer import AdaptedLinear
+from snell.peft.common import checkpoint
+from snell.peft.snell.config import SnellConfig
+from snell.peft.snell.layer import AdaptedLinear
 
 __all__ = ["SnellModel"]
 
