@@ -38,7 +38,7 @@ def check(holds: bool, otherwise: str) -> None:
 
 def bits(model: PeftModel, adapter: str) -> dict[str, Tensor]:
     """A copy of the adapter's trained tensors, by name."""
-    return {key: value.clone() for key, value in model.state_dict().items() if key.endswith(f".{adapter}")}
+    return {key: value.clone() for key, value in model.state_dict().items() if key.endswith(f".{adapter}.weight")}
 
 
 def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:

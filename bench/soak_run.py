@@ -107,7 +107,7 @@ def _adapted(*names: str) -> PeftModel:
 
 
 def _optimizer(model: PeftModel, name: str) -> torch.optim.Optimizer:
-    own = [p for key, p in model.named_parameters() if key.endswith(f".{name}")]
+    own = [p for key, p in model.named_parameters() if key.endswith(f".{name}.weight")]
     return torch.optim.AdamW(own, lr=1e-3)
 
 

@@ -1,15 +1,20 @@
-"""How an update starts: its factors drawn as published, or so that dW is exactly 0."""
+"""How an update starts: its factors drawn as published, or so that dW is exactly 0; and starts that bode ill."""
 
 from __future__ import annotations
 
 import math
+import warnings
 
 import torch
 from torch import Tensor, nn
 
+from snell import reference
 from snell.spec import Spec
 
-__all__ = ["draw", "draw_identity"]
+__all__ = ["draw", "draw_identity", "draw_visible", "relative_size", "warn_if_dead", "warn_if_large"]
+
+#: Rows and columns of an update that stand for all of it, at the start alone: then its entries are drawn alike.
+_SAMPLE = 256
 
 
 @torch.no_grad()
@@ -38,3 +43,60 @@ def draw_identity(A: Tensor, B: Tensor, theta: Tensor, spec: Spec, scale: float)
         )
     draw(A, B, theta, spec, scale)
     B.zero_()
+
+
+@torch.no_grad()
+def draw_visible(A: Tensor, B: Tensor, theta: Tensor, spec: Spec, scale: float) -> None:
+    """Fill the factors with normal numbers, halved until no \\|K\\| of a sample exceeds 1/2: an update that shows."""
+    draw(A, B, theta, spec, scale)
+    for factor in (A, B):
+        nn.init.normal_(factor)
+    while not A.is_meta and _sampled(A, B, theta, spec).abs().max() > 0.5:
+        A.div_(2)
+        B.div_(2)
+
+
+def warn_if_dead(spec: Spec, m: int, n: int, name: str) -> None:
+    """Warn where the competition leaves no entry of an [m, n] update: dW and its gradient are then 0 for ever."""
+    if spec.num_zeroed(m * n) < m * n:
+        return
+    most = (m * n - 1) / (m * n)
+    while Spec(spec.rank, most, spec.kernel, spec.groups, spec.gate).num_zeroed(m * n) == m * n:
+        most = math.nextafter(most, 0)
+    warnings.warn(
+        f"{name} [out_features={m}, in_features={n}] has no entry to train: sparsity={spec.sparsity} sets all "
+        f"{m * n} entries of its update to 0 for ever. A sparsity of at most {most:.17g} leaves one",
+        stacklevel=3,
+    )
+
+
+@torch.no_grad()
+def relative_size(A: Tensor, B: Tensor, theta: Tensor, spec: Spec, weight: Tensor) -> float:
+    """About norm(dW) / norm(weight) of an update at its start, from at most 256 rows and columns; 0 for a weight of 0.
+
+    Args:
+        A, B, theta: ``[n, r]``, ``[m, r]`` and ``[t]``, as drawn.
+        weight: ``[m, n]``.
+    """
+    rows, columns = (slice(None, None, max(len(factor) // _SAMPLE, 1)) for factor in (B, A))
+    K, base = _sampled(A[columns], B[rows], theta, spec), weight[rows, columns][:_SAMPLE, :_SAMPLE].to(A.dtype)
+    zeroed = spec.num_zeroed(K.numel())
+    tau = K.abs().flatten().kthvalue(zeroed).values if zeroed else K.new_zeros(())
+    delta, base_norm = K * reference.gate_values(K, tau, gate=spec.effective_gate), base.norm().item()
+    return delta.norm().item() / base_norm if base_norm else 0.0
+
+
+def warn_if_large(sizes: dict[str, float], scale: float) -> None:
+    """Warn once of updates that start larger than the weights they change; ``sizes`` as :func:`relative_size` gives."""
+    large = {name: size for name, size in sizes.items() if size > 1}
+    if large:
+        name, size = max(large.items(), key=lambda item: item[1])
+        warnings.warn(
+            f"the update starts larger than the weight in {len(large)} of {len(sizes)} layer(s): in {name} its norm is "
+            f"about {size:.2g} times the weight's. A scale below {scale:g} starts smaller",
+            stacklevel=3,
+        )
+
+
+def _sampled(A: Tensor, B: Tensor, theta: Tensor, spec: Spec) -> Tensor:
+    return reference.kernel_matrix(A[:_SAMPLE], B[:_SAMPLE], theta, kernel=spec.kernel, groups=spec.groups)

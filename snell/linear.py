@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from snell import functional
-from snell.initial import draw
-from snell.merging import Merged, merge_into, row_blocks
+from snell.initial import draw, relative_size, warn_if_dead, warn_if_large
+from snell.merging import Merged, row_blocks
+from snell.precision import factor_dtype, keep_precision
 from snell.spec import Spec
 from snell.update import Parameters, Update
 
@@ -81,8 +82,7 @@ class SnellLinear(nn.Module):
         self.spec, self.scale = spec, spec.default_scale if scale is None else scale
         self.weight = weight.requires_grad_(False)
         self.bias = None if bias is None else bias.requires_grad_(False)
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        options: dict[str, Any] = {"device": weight.device, "dtype": dtype}
+        options: dict[str, Any] = {"device": weight.device, "dtype": factor_dtype(weight.dtype)}
         if train_theta is None:
             train_theta = spec.function.trains_theta
         theta = spec.initial_theta(self.scale)
@@ -91,6 +91,7 @@ class SnellLinear(nn.Module):
         self.snell_theta = nn.Parameter(torch.empty(len(theta), **options), requires_grad=train_theta)
         self._merged: Merged | None = None
         self.reset_update()
+        warn_if_dead(spec, self.out_features, self.in_features, type(self).__name__)
 
     @classmethod
     def from_linear(
@@ -118,6 +119,9 @@ class SnellLinear(nn.Module):
             raise TypeError(f"linear must hold a plain floating-point weight; got {got}")
         layer = cls.__new__(cls)
         layer._build(linear.weight, linear.bias, Spec(rank, sparsity, kernel, groups, gate), scale, train_theta)
+        if not layer.weight.is_meta:
+            size = relative_size(layer.snell_A, layer.snell_B, layer.snell_theta, layer.spec, layer.weight)
+            warn_if_large({cls.__name__: size}, layer.scale)
         return layer.train(linear.training)
 
     def reset_update(self) -> None:
@@ -159,17 +163,32 @@ class SnellLinear(nn.Module):
         """Add dW into ``weight`` in place; the layer then costs what an nn.Linear does.
 
         Until :meth:`unmerge` the layer keeps a copy of the factors and the base weights that survivors
-        replaced: (1 - s) * m * n numbers.
+        replaced: (1 - s) * m * n numbers. An interrupt leaves the weight as it was, or merged; :attr:`merged` tells.
         """
-        if self._merged is None:
-            self._merged = merge_into(self.weight, self._update())
+        if self._merged is not None:
+            return
+        record = Merged.of(self._update())
+        try:
+            self._merged = record
+            record.put_in(self.weight)
+        except BaseException:  # KeyboardInterrupt too: undo
+            record.take_out(self.weight)
+            self._merged = None
+            raise
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Put the base weight back, bit for bit."""
-        if self._merged is not None:
-            self._merged.take_out(self.weight)
+        record = self._merged
+        if record is None:
+            return
+        try:
+            record.take_out(self.weight)
             self._merged = None
+        except BaseException:  # KeyboardInterrupt too: finish
+            record.take_out(self.weight)
+            self._merged = None
+            raise
 
     def to_linear(self) -> nn.Linear:
         """An ordinary nn.Linear with weight W0 + dW (a copy) and the bias."""
@@ -216,15 +235,9 @@ class SnellLinear(nn.Module):
         # Another device or dtype may decide survivors by other bits, so a merged update comes out first.
         merged = self.merged
         self.unmerge()
-        super()._apply(lambda t: self._keep_precision(t, fn(t)), recurse)
+        update = (self.snell_A, self.snell_B, self.snell_theta)
+        factors = {id(t) for factor in update for t in (factor, factor.grad) if t is not None}
+        super()._apply(lambda t: keep_precision(t, fn(t)) if id(t) in factors else fn(t), recurse)
         if merged:
             self.merge()
         return self
-
-    def _keep_precision(self, before: Tensor, after: Tensor) -> Tensor:
-        """A half-precision model keeps the factors in full: only their device follows ``.to(dtype)``."""
-        update = (self.snell_A, self.snell_B, self.snell_theta)
-        is_factor = any(before is t or before is t.grad for t in update)
-        if is_factor and after.dtype in (torch.bfloat16, torch.float16):
-            return before.to(after.device)
-        return after

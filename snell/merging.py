@@ -12,7 +12,7 @@ from snell.blocks import block_length
 from snell.functional import dense
 from snell.update import Update
 
-__all__ = ["Merged", "merge_into", "row_blocks"]
+__all__ = ["Merged", "row_blocks"]
 
 
 def row_blocks(update: Update) -> Iterator[slice]:
@@ -23,26 +23,31 @@ def row_blocks(update: Update) -> Iterator[slice]:
 
 
 class Merged(NamedTuple):
-    """What takes a merged update out again: the update as merged, and the weights it replaced."""
+    """What takes an update out of a weight: a copy of the update, and the entries it has replaced so far.
+
+    Each block is recorded before it is written, and taking it out writes the same bits however often it is done. So
+    whoever holds the record can undo :meth:`put_in` and finish :meth:`take_out` wherever an interrupt stopped them.
+    """
 
     update: Update
     replaced: list[Tensor]
 
+    @classmethod
+    def of(cls, update: Update) -> Merged:
+        """The record of an update that is in no weight yet. It keeps copies, which later training steps leave alone."""
+        A, B, theta, tau = (t.detach().clone() for t in update[:4])
+        return cls(Update(A, B, theta, tau, update.spec), [])
+
+    @torch.no_grad()
+    def put_in(self, weight: Tensor) -> None:
+        """Add dW into ``weight [m, n]`` in place; the record then holds (1 - s) * m * n replaced entries."""
+        for rows in row_blocks(self.update):
+            base = weight[rows]
+            self.replaced.append(base[dense(self.update, rows) != 0])
+            base.copy_(dense(self.update, rows, base))
+
     @torch.no_grad()
     def take_out(self, weight: Tensor) -> None:
         """Put the replaced entries of ``weight [m, n]`` back, in place; survivors are found again from the update."""
-        for rows, replaced in zip(row_blocks(self.update), self.replaced, strict=True):
+        for rows, replaced in zip(row_blocks(self.update), self.replaced, strict=False):
             weight[rows][dense(self.update, rows) != 0] = replaced
-
-
-@torch.no_grad()
-def merge_into(weight: Tensor, update: Update) -> Merged:
-    """Add dW into ``weight [m, n]`` in place, and return what undoes it: (1 - s) * m * n numbers and the factors."""
-    # A copy, which later training steps leave alone.
-    A, B, theta, tau = (t.detach().clone() for t in update[:4])
-    update, replaced = Update(A, B, theta, tau, update.spec), []
-    for rows in row_blocks(update):
-        base = weight[rows]
-        replaced.append(base[dense(update, rows) != 0])
-        base.copy_(dense(update, rows, base))
-    return Merged(update, replaced)

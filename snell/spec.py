@@ -19,6 +19,9 @@ GATES = ("soft", "magnitude", "hard", "none")
 #: update still starts small. Where dW is K itself, a scale near 1 would change a fresh layer by much of its weight.
 DEFAULT_SCALES = {"soft": 3.0, "magnitude": 3.0, "hard": 0.1, "none": 0.1}
 
+#: Of float32: the scale becomes a parameter of that dtype.
+_LARGEST = (2 - 2**-23) * 2.0**127
+
 
 def _choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
     if not isinstance(value, str) or value not in choices:
@@ -108,6 +111,6 @@ class Spec:
 
     def initial_theta(self, scale: float) -> list[float]:
         """The scalar parameters at the start of training."""
-        if not math.isfinite(_number("scale", scale)):
-            raise ValueError(f"scale must be finite; got {scale}")
+        if not abs(_number("scale", scale)) <= _LARGEST:
+            raise ValueError(f"scale must be finite in float32; got {scale}")
         return self.function.initial_theta(self.groups, float(scale))

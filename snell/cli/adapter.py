@@ -16,10 +16,12 @@ from torch import Tensor
 
 from snell import functional
 from snell.peft import SnellConfig
+from snell.precision import full
 from snell.spec import Spec
 from snell.update import Update
 
-_FACTOR = re.compile(r"(?:base_model\.model\.)?(?P<layer>.+)\.snell_(?P<name>A|B|theta)$")
+#: Adapters of version 0.1.0 have no ".weight" at the end.
+_FACTOR = re.compile(r"(?:base_model\.model\.)?(?P<layer>.+)\.snell_(?P<name>A|B|theta)(?:\.weight)?$")
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Adapter:
         """Each layer's name and update, read and selected for when its turn comes."""
         with _weights(self.folder) as file:
             for layer, keys in self.keys.items():
-                tensors = {name: _full(file.get_tensor(key)) for name, key in keys.items()}
+                tensors = {name: full(file.get_tensor(key)).contiguous() for name, key in keys.items()}
                 yield layer, self._update(layer, tensors)
 
     def others(self) -> list[Path]:
@@ -64,11 +66,6 @@ class Adapter:
 def _fit(A: Tensor, B: Tensor, theta: Tensor, spec: Spec) -> bool:
     factors = all(factor.dim() == 2 and factor.shape[0] and factor.shape[1] == spec.rank for factor in (A, B))
     return factors and theta.shape == (spec.num_theta,)
-
-
-def _full(factor: Tensor) -> Tensor:
-    # As a model that loads it: who survives is decided in float32.
-    return (factor.float() if factor.element_size() == 2 else factor).contiguous()
 
 
 def _weights(folder: Path) -> safe_open:

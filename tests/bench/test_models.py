@@ -100,8 +100,8 @@ def test_published_and_ours_agree_on_the_same_factors_by_the_magnitude_gate() ->
                 for factor in (layer.A, layer.B):
                     factor.mul_(8)  # an update as large as the weights
                 adapted = ours.get_base_model().get_submodule(name)
-                adapted.snell_A["default"].copy_(layer.A)
-                adapted.snell_B["default"].copy_(layer.B)
+                adapted.snell_A["default"].weight.copy_(layer.A)
+                adapted.snell_B["default"].weight.copy_(layer.B)
         expected, got = published(**batch).logits, ours(**batch).logits
     assert (expected - plain).norm() > 1e-2 * plain.norm()
     # float32 sums in another order, through two blocks

@@ -14,6 +14,7 @@ from peft import PeftModel, get_model_status, get_peft_model, inject_adapter_in_
 from small_models import BUILDERS, adapted, batch, build, config, logits, train
 from torch import nn
 
+from snell import refresh_thresholds
 from snell.peft import AdaptedLinear, SnellConfig, SnellModel
 
 MODELS = pytest.mark.parametrize("name", list(BUILDERS))
@@ -94,14 +95,14 @@ def test_adapters_are_added_switched_stacked_and_deleted():
     first = logits(model, inputs)
     model.add_adapter("second", config(r=6, sparsity=0.5, kernel="rbf"))
     assert torch.equal(logits(model, inputs), first)
-    assert not any(p.requires_grad for key, p in model.named_parameters() if key.endswith("second"))
+    assert not any(p.requires_grad for key, p in model.named_parameters() if ".second." in key)
 
     model.set_adapter("second")
     second = logits(model, inputs)
     assert not torch.equal(second, first)
     trainable = {key for key, p in model.named_parameters() if p.requires_grad and "snell_" in key}
     assert trainable
-    assert all(key.endswith("second") for key in trainable)
+    assert all(key.endswith(".second.weight") for key in trainable)
 
     model.base_model.set_adapter(["default", "second"])
     both = logits(model, inputs)
@@ -135,12 +136,17 @@ def test_a_batch_mixes_adapters(name):
             model.set_adapter(adapter)
             alone = logits(model, inputs)
         torch.testing.assert_close(mixed[i], alone[i], rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match="non-existing"):
+    with pytest.raises(ValueError, match=r"^Trying to infer with non-existing adapter\(s\): nobody$"):
         logits(model, inputs, adapter_names=["nobody"] * 3)
-    with pytest.raises(ValueError, match="inference"):
+    with pytest.raises(ValueError, match=r"^Cannot pass `adapter_names` when the model is in training mode\.$"):
         logits(model.train(), inputs, adapter_names=names)
-    model.eval().merge_adapter()
-    with pytest.raises(ValueError, match="merged"):
+    with pytest.raises(ValueError, match=r"^Length of `adapter_names` should be the same as the number of inputs, "):
+        logits(model.eval(), inputs, adapter_names=names[:2])
+    model.merge_adapter()
+    with pytest.raises(
+        ValueError,
+        match=r"^Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first\.$",
+    ):
         logits(model, inputs, adapter_names=names)
 
 
@@ -303,21 +309,60 @@ def test_a_target_that_cannot_be_adapted_is_refused_with_the_reason(target, erro
         get_peft_model(Embedded(), SnellConfig(target_modules=[target]))
 
 
-def test_fan_in_fan_out_is_corrected_with_a_warning():
-    with pytest.warns(UserWarning, match="fan_in_fan_out is False, but the target is a Conv1D"):
-        adapted("gpt2")
+def test_fan_in_fan_out_is_known_by_itself_and_corrected_with_a_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        model, _ = adapted("gpt2", fan_in_fan_out=True)
-    assert all(layer.fan_in_fan_out for layer in snell_layers(model))
+        for setting in (False, True):
+            model, _ = adapted("gpt2", fan_in_fan_out=setting)
+            assert all(layer.fan_in_fan_out for layer in snell_layers(model))
+    with pytest.warns(UserWarning, match=r"fan_in_fan_out is True, but the target is a torch\.nn\.Linear") as caught:
+        model, _ = adapted("llama", fan_in_fan_out=True)
+    assert sum("fan_in_fan_out" in str(warning.message) for warning in caught) == 1
+    assert not any(layer.fan_in_fan_out for layer in snell_layers(model))
 
 
 def test_factors_stay_in_float32_whatever_the_models_dtype():
-    for autocast in (True, False):
-        model = get_peft_model(build("llama").to(torch.bfloat16), config(), autocast_adapter_dtype=autocast)
-        assert all(p.dtype == torch.float32 for key, p in model.named_parameters() if "snell_" in key)
+    model = get_peft_model(build("llama").to(torch.bfloat16), config())
+    assert all(p.dtype == torch.float32 for key, p in model.named_parameters() if "snell_" in key)
     model.to(torch.float16)
     assert all(p.dtype == torch.float32 for key, p in model.named_parameters() if "snell_" in key)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_adapter_dtype_false_rounds_the_factors_to_the_bases_dtype(dtype, tmp_path):
+    torch.manual_seed(3)
+    base = build("llama").to(dtype)
+    untouched = copy.deepcopy(base)
+    model = get_peft_model(base, config(kernel="sigmoid"), autocast_adapter_dtype=False)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    inputs = batch("llama")
+    # Who survives is decided in float32, among the rounded factors.
+    layer = snell_layers(model)[0]
+    update = layer._update("default")
+    assert update.A.dtype == torch.float32
+    assert torch.equal(update.A, layer.snell_A["default"].weight.float())
+    assert refresh_thresholds(model) == len(snell_layers(model))
+    model.zero_grad()
+    model(**inputs).loss.backward()
+    assert {p.grad.dtype for p in model.parameters() if p.requires_grad} == {dtype}
+    model.add_adapter("full", config())
+    assert {p.dtype for key, p in model.named_parameters() if ".full." in key} == {torch.float32}
+
+    model.save_pretrained(tmp_path)
+    for settings in (
+        {},
+        {"autocast_adapter_dtype": False},
+        {"autocast_adapter_dtype": False, "low_cpu_mem_usage": True},
+    ):
+        loaded = PeftModel.from_pretrained(copy.deepcopy(untouched), tmp_path, **settings)
+        expected = dtype if settings else torch.float32
+        assert {p.dtype for key, p in loaded.named_parameters() if "snell_" in key} == {expected}
+        assert torch.equal(logits(loaded.eval(), inputs), logits(model.eval(), inputs))
+
+
+def test_the_rounded_factors_of_a_float32_base_are_not_rounded():
+    model = get_peft_model(build("llama"), config(), autocast_adapter_dtype=False)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
 def test_importing_snell_needs_neither_peft_nor_transformers():

@@ -67,7 +67,7 @@ def test_damage_to_one_entry_is_found(part, damage, short):
     def spoil(model, step):
         if step == LAST:
             layer = layers(model)[3]
-            damaged = layer.base_layer.weight if part == "base weights" else layer.snell_A["default"]
+            damaged = layer.base_layer.weight if part == "base weights" else layer.snell_A["default"].weight
             entry = damaged.data.view(-1)[5:6]
             entry.copy_(entry.nextafter(torch.tensor(torch.inf)) if damage == "a bit" else torch.tensor(torch.nan))
 
@@ -77,9 +77,8 @@ def test_damage_to_one_entry_is_found(part, damage, short):
 def test_a_merge_that_is_not_taken_out_whole_is_found(short, monkeypatch):
     def unmerge(self):
         """As LoRA does it: subtract what was added, to rounding."""
-        while self.merged_adapters:
-            self.base_layer.weight.data -= self.get_delta_weight(self.merged_adapters.pop())
-            self._merged.pop()
+        while self._merged:
+            self.base_layer.weight.data -= self.get_delta_weight(self._merged.popitem()[0])
 
     monkeypatch.setattr(AdaptedLinear, "unmerge", unmerge)
 

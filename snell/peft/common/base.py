@@ -81,6 +81,12 @@ class Quantised(NamedTuple):
     parameters: dict[str, Any]
     state: Any
 
+    @classmethod
+    def of(cls, tuner_layer: Any) -> Quantised:
+        """The record of a layer that nothing is merged into yet."""
+        layer = tuner_layer.get_base_layer()
+        return cls(tuner_layer.base_layer, dict(layer._parameters), copy.copy(getattr(layer, "state", None)))
+
     def put_back(self, tuner_layer: Any) -> None:
         """Undo :func:`requantise`."""
         tuner_layer.base_layer = self.layer
@@ -110,13 +116,10 @@ def dequantise(tuner_layer: Any) -> Tensor:
     return weight.T if tuner_layer.fan_in_fan_out else weight
 
 
-def requantise(tuner_layer: Any, weight: Tensor) -> Quantised:
-    """Quantise ``weight [m, n]`` into the base layer, and return what was there."""
-    layer = tuner_layer.get_base_layer()
-    before = Quantised(tuner_layer.base_layer, dict(layer._parameters), copy.copy(getattr(layer, "state", None)))
-    backend: Any = resolve_quantization_backend(layer, **tuner_layer.quantisation)
+def requantise(tuner_layer: Any, weight: Tensor) -> None:
+    """Quantise ``weight [m, n]`` into the base layer."""
+    backend: Any = resolve_quantization_backend(tuner_layer.get_base_layer(), **tuner_layer.quantisation)
     backend.set_base_weight(tuner_layer, weight.T if tuner_layer.fan_in_fan_out else weight)
-    return before
 
 
 def _innermost(layer: nn.Module) -> nn.Module:

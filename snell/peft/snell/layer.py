@@ -11,10 +11,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from snell import functional
-from snell.initial import draw, draw_identity
-from snell.merging import Merged, merge_into, row_blocks
+from snell.initial import draw, draw_identity, draw_visible, relative_size
+from snell.merging import Merged, row_blocks
 from snell.peft.common import base, checkpoint
+from snell.peft.common.factor import Factor
 from snell.peft.snell.config import SnellConfig
+from snell.precision import HALVES, factor_dtype, full
 from snell.spec import Spec
 from snell.update import Parameters, Update
 
@@ -34,8 +36,10 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
 
     Attributes:
         base_layer: the layer adapted.  in_features, out_features: n and m.
-        snell_A: ``[n, r]``, snell_B: ``[m, r]``, snell_theta: ``[t]`` by adapter name; float32, or float64
-            where the base is. Scalars that are not trained are part of the configuration, not of the state.
+        snell_A: ``[n, r]``, snell_B: ``[m, r]``, snell_theta: ``[t]``, each the ``weight`` of a leaf module by
+            adapter name; float32, or float64 where the base is (:meth:`round_factors` rounds them to the base's
+            half precision). Scalars that are not trained are part of the configuration, not of the state.
+        merged_adapters: names of the adapters whose update the base weight holds, in the order they went in.
         snell_spec: kernel function, gate, groups, rank and sparsity by adapter name.
     """
 
@@ -57,25 +61,21 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         self.fan_in_fan_out = fan_in_fan_out
         self.quantisation = quantisation or {}
         self.in_features, self.out_features = base.features(base_layer)
-        self.snell_A, self.snell_B, self.snell_theta = (nn.ParameterDict() for _ in range(3))
+        self.snell_A, self.snell_B, self.snell_theta = (nn.ModuleDict() for _ in range(3))
         self.snell_dropout = nn.ModuleDict()
         self.snell_spec: dict[str, Spec] = {}
         self.snell_scale: dict[str, float] = {}
         self.snell_constants: dict[str, Tensor] = {}
         self._disable_adapters = False
-        self.merged_adapters: list[str] = []
-        self._merged: list[Merged | base.Quantised] = []
+        self._merged: dict[str, Merged | base.Quantised] = {}
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, spec, config)
 
     def update_layer(self, adapter_name: str, spec: Spec, config: SnellConfig) -> None:
         """Add an adapter, or draw it anew."""
-        start = {True: draw, False: _draw_visible, "identity": draw_identity}[config.init_weights]
+        start = {True: draw, False: draw_visible, "identity": draw_identity}[config.init_weights]
         device, dtype = base.device_and_dtype(self.base_layer)
-        options: dict[str, Any] = {
-            "device": device,
-            "dtype": torch.float64 if dtype == torch.float64 else torch.float32,
-        }
+        options: dict[str, Any] = {"device": device, "dtype": factor_dtype(dtype)}
         A = torch.empty(self.in_features, spec.rank, **options)
         B = torch.empty(self.out_features, spec.rank, **options)
         theta = torch.empty(spec.num_theta, **options)
@@ -83,12 +83,12 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         split = base.split(self.base_layer, self.fan_in_fan_out)
         if split is not None:
             split.agree(A, B)
-        self.snell_A[adapter_name], self.snell_B[adapter_name] = nn.Parameter(A), nn.Parameter(B)
+        self.snell_A[adapter_name], self.snell_B[adapter_name] = Factor(A), Factor(B)
         for scalars in (self.snell_theta, self.snell_constants):
             if adapter_name in scalars:
                 del scalars[adapter_name]
         if config.trains_theta and spec.num_theta:
-            self.snell_theta[adapter_name] = nn.Parameter(theta)
+            self.snell_theta[adapter_name] = Factor(theta)
         else:
             self.snell_constants[adapter_name] = theta
         self.snell_spec[adapter_name], self.snell_scale[adapter_name] = spec, config.scale
@@ -100,6 +100,11 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         adapter_names = kwargs.pop("adapter_names", None)
         if self.disable_adapters and self.merged:
             self.unmerge()
+        if torch.onnx.is_in_onnx_export() and not (self.merged or self.disable_adapters):
+            raise RuntimeError(
+                "a model with an unmerged SNELL adapter has no ONNX form: export what merge_and_unload() returns, or "
+                "call merge_adapter() first"
+            )
         if adapter_names is not None:
             return self._mixed_forward(x, adapter_names, *args, **kwargs)
         active = [name for name in self.active_adapters if name in self.snell_A]
@@ -122,9 +127,14 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
 
     def _mixed_forward(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         if len(x) != len(adapter_names):
-            raise ValueError(f"adapter_names must name one adapter a sample, {len(x)}; got {len(adapter_names)}")
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
+            )
         if self.merged:
-            raise ValueError("adapter_names cannot be used while adapters are merged; call unmerge_adapter() first")
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
         y = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
             return y
@@ -146,20 +156,19 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
 
     def _update(self, name: str) -> Update:
         A, B, theta, spec = self._parameters_of(name)
-        A, B, theta = _full(A), _full(B), _full(theta)
         split = base.split(self.base_layer, self.fan_in_fan_out)
         return functional.update(A, B, theta, spec) if split is None else split.update(A, B, theta, spec)
 
     def _parameters_of(self, name: str) -> Parameters:
-        theta = (self.snell_theta if name in self.snell_theta else self.snell_constants)[name]
-        return self.snell_A[name], self.snell_B[name], theta, self.snell_spec[name]
+        theta = self.snell_theta[name]() if name in self.snell_theta else self.snell_constants[name]
+        return full(self.snell_A[name]()), full(self.snell_B[name]()), full(theta), self.snell_spec[name]
 
     def snell_parameters(self) -> Iterator[Parameters]:
         """A, B, theta and the make-up of each adapter's update, for what works on all updates of a model."""
         return (self._parameters_of(name) for name in self.snell_A)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """Dense dW of one adapter, laid out as the base weight is, in the factors' dtype."""
+        """Dense dW of one adapter, laid out as the base weight is, in float32 or, where the base is, float64."""
         delta = functional.dense(self._update(adapter))
         return delta.T if self.fan_in_fan_out else delta
 
@@ -187,71 +196,96 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
             dense = (functional.dense(update, rows, target[rows]) for rows in row_blocks(update))
             if safe_merge and not all(rows.isfinite().all() for rows in dense):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-            merged = merge_into(target, update)
-            self._merged.append(merged if weight is not None else base.requantise(self, target))
-            self.merged_adapters.append(name)
+            merged = Merged.of(update)
+            record = merged if weight is not None else base.Quantised.of(self)
+            try:
+                self._merged[name] = record
+                merged.put_in(target)
+                if weight is None:
+                    base.requantise(self, target)
+            except BaseException:  # KeyboardInterrupt too: undo
+                self._take_out(name, record)
+                raise
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Put the base weight back, bit for bit."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-        while self.merged_adapters:
-            self.merged_adapters.pop()
-            merged = self._merged.pop()
-            if isinstance(merged, Merged):
-                weight = base.float_weight(self.get_base_layer(), self.fan_in_fan_out)
-                assert weight is not None  # it was when this was merged
-                merged.take_out(weight)
-            else:
-                merged.put_back(self)
+        while self._merged:
+            name, record = next(reversed(self._merged.items()))
+            try:
+                self._take_out(name, record)
+            except BaseException:  # KeyboardInterrupt too: finish
+                self._take_out(name, record)
+                raise
+
+    def _take_out(self, name: str, record: Merged | base.Quantised) -> None:
+        if isinstance(record, Merged):
+            weight = base.float_weight(self.get_base_layer(), self.fan_in_fan_out)
+            assert weight is not None  # it was when this was merged
+            record.take_out(weight)
+        else:
+            record.put_back(self)
+        self._merged.pop(name, None)
+
+    @property
+    def merged_adapters(self) -> list[str]:  # type: ignore[override]
+        """Names of the merged adapters, in the order they went in."""
+        return list(self._merged)
+
+    def round_factors(self, adapter_name: str) -> None:
+        """Round an adapter's factors to the base weight's half precision, where it has one.
+
+        The forward pass widens them again: who survives is decided in float32, among rounded factors.
+        """
+        dtype = base.device_and_dtype(self.base_layer)[1]
+        if dtype in HALVES:
+            for factor in self._factors(adapter_name):
+                factor.weight.data = factor.weight.data.to(dtype)
+
+    def relative_size(self, adapter_name: str) -> float:
+        """About norm(dW) / norm(W0) at the start; 0 where that cannot be told (opaque, split or meta)."""
+        weight = base.float_weight(self.get_base_layer(), self.fan_in_fan_out)
+        A, B, theta, spec = self._parameters_of(adapter_name)
+        if weight is None or A.is_meta or weight.shape != (self.out_features, self.in_features):
+            return 0.0
+        return relative_size(A, B, theta, spec, weight)
+
+    def _factors(self, adapter_name: str) -> Iterator[Any]:
+        dicts = (self.snell_A, self.snell_B, self.snell_theta)
+        return (factors[adapter_name] for factors in dicts if adapter_name in factors)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT would round the factors to the base's dtype; who survives is decided in float32.
         device = device or base.device_and_dtype(self.base_layer)[0]
-        for parameters in (self.snell_A, self.snell_B, self.snell_theta):
-            if adapter_name in parameters and not parameters[adapter_name].is_meta:
-                parameters[adapter_name].data = parameters[adapter_name].data.to(device)
+        for factor in self._factors(adapter_name):
+            if not factor.weight.is_meta:
+                factor.weight.data = factor.weight.data.to(device)
         self._place_constants()
 
     def _place_constants(self) -> None:
         # Written anew rather than moved: what a model holds after .to_empty() is not what it held before.
         for name in self.snell_constants:
             theta = self.snell_spec[name].initial_theta(self.snell_scale[name])
-            A = self.snell_A[name]
-            self.snell_constants[name] = torch.tensor(theta, dtype=_full(A).dtype, device=A.device)
+            A = self._parameters_of(name)[0]
+            self.snell_constants[name] = torch.tensor(theta, dtype=A.dtype, device=A.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedLinear:
         # Another device or dtype may decide survivors by other bits, so merged updates come out first.
         merged = list(self.merged_adapters)
         if merged:
             self.unmerge()
-        factors = {id(p) for d in (self.snell_A, self.snell_B, self.snell_theta) for p in d.values()}
-        super()._apply(lambda t: _keep_precision(t, fn(t)) if id(t) in factors else fn(t), recurse)
+        super()._apply(fn, recurse)
         self._place_constants()
         if merged:
             self.merge(adapter_names=merged)
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        checkpoint.modernise(self, state_dict, prefix)
         args[-1].extend(checkpoint.not_finite(self, state_dict, prefix))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __repr__(self) -> str:
         return "snell." + super().__repr__()
-
-
-def _draw_visible(A: Tensor, B: Tensor, theta: Tensor, spec: Spec, scale: float) -> None:
-    draw(A, B, theta, spec, scale)
-    for factor in (A, B):
-        nn.init.normal_(factor)
-
-
-def _full(factor: Tensor) -> Tensor:
-    # Mixed-precision sharding hands the factors over rounded; everything after that stays in float32.
-    return factor.float() if factor.dtype in (torch.bfloat16, torch.float16) else factor
-
-
-def _keep_precision(before: Tensor, after: Tensor) -> Tensor:
-    """A half-precision model keeps the factors in full: only their device follows ``.to(dtype)``."""
-    return before.to(after.device) if after.dtype in (torch.bfloat16, torch.float16) else after

@@ -11,9 +11,10 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from snell.initial import warn_if_dead, warn_if_large
 from snell.peft.common import checkpoint
 from snell.peft.snell.config import SnellConfig
 from snell.peft.snell.layer import AdaptedLinear
@@ -67,11 +68,36 @@ class SnellModel(BaseTuner):
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # PEFT warns of missing tensors and goes on with random ones.
-        layers = ((f"{prefix}{name}.", m) for name, m in self.named_modules() if isinstance(m, AdaptedLinear))
-        args[-1].extend(checkpoint.missing(layers, state_dict))
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As PEFT does, and warn of layers that will not train or that start with an update larger than the weight."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config: Any = self.peft_config[adapter_name]
+        sizes: dict[str, float] = {}
+        for name, layer in self._layers(adapter_name):
+            spec = layer.snell_spec[adapter_name]
+            warn_if_dead(spec, layer.out_features, layer.in_features, name)
+            # What a loaded adapter starts with is replaced, and a start for tests is meant to show.
+            if config.init_weights is True and not config.inference_mode:
+                sizes[name] = layer.relative_size(adapter_name)
+        warn_if_large(sizes, config.scale)
+
+    def _layers(self, adapter_name: str) -> Iterator[tuple[str, AdaptedLinear]]:
+        for name, module in self.model.named_modules():
+            if isinstance(module, AdaptedLinear) and adapter_name in module.snell_A:
+                yield name, module
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if not autocast_adapter_dtype:
+            for _, layer in self._layers(adapter_name):
+                layer.round_factors(adapter_name)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(  # type: ignore[override]
+        cls, model: nn.Module, config: SnellConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        state_dict = checkpoint.modernised(AdaptedLinear.adapter_layer_names, state_dict)
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -81,10 +107,10 @@ class SnellModel(BaseTuner):
             yield
             return
         if self.training:
-            raise ValueError("adapter_names is for inference; call model.eval() first")
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
         known = {name for layer in self.modules() if isinstance(layer, AdaptedLinear) for name in layer.snell_A}
         if unknown := sorted(set(names) - known - {"__base__"}):
-            raise ValueError(f"adapter_names holds non-existing adapter(s): {', '.join(unknown)}")
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
         # Beam search repeats each sample in the decoder, after the encoder has seen it once.
         beams = kwargs.get("num_beams") or 1
         encoder = _encoder(self.model) if beams > 1 else None
@@ -135,12 +161,9 @@ def _check_target(target: nn.Module, parent: nn.Module, key: str) -> None:
 
 
 def _fan_in_fan_out(target: nn.Module, config: SnellConfig) -> bool:
-    known = isinstance(target, (nn.Linear, Conv1D))
-    stored = isinstance(target, Conv1D) if known else config.fan_in_fan_out
-    if stored != config.fan_in_fan_out:
-        warnings.warn(
-            f"fan_in_fan_out is {config.fan_in_fan_out}, but the target is a {type(target).__name__}: using {stored}",
-            stacklevel=2,
-        )
-        config.fan_in_fan_out = stored
-    return stored
+    if isinstance(target, Conv1D):
+        return True
+    if isinstance(target, nn.Linear) and config.fan_in_fan_out:
+        warnings.warn("fan_in_fan_out is True, but the target is a torch.nn.Linear: using False", stacklevel=2)
+        config.fan_in_fan_out = False
+    return config.fan_in_fan_out
