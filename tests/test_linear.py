@@ -10,8 +10,10 @@ from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
 from cases import KERNELS
+from interrupts import at_every_instruction
 from layers import DTYPES, GATES, bits, draw, factors, settings
 from snell import SnellLinear, functional, reference
+from snell.merging import row_blocks
 
 # --- what it computes
 
@@ -264,6 +266,26 @@ def test_merging_goes_by_blocks_of_rows(backend, monkeypatch):
     assert layer.weight.equal(linear.weight)
     layer.unmerge()
     assert bits(layer.weight).equal(bits(base))
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.8])
+def test_an_interrupt_leaves_the_weight_merged_or_not_and_says_which(sparsity, monkeypatch):
+    monkeypatch.setattr("snell.blocks.WORKSPACE_BYTES", 64 * 20 * 4)
+    layer = draw(20, 150, sparsity=sparsity)  # three blocks of rows
+    assert len(list(row_blocks(layer._update()))) == 3
+    base = layer.weight.clone()
+    layer.merge()
+    merged = layer.weight.clone()
+    layer.unmerge()
+
+    left = {True: 0, False: 0}
+    for start, work in ((False, layer.merge), (True, layer.unmerge)):
+        for instruction in at_every_instruction(work):
+            assert bits(layer.weight).equal(bits(merged if layer.merged else base)), (work.__name__, instruction)
+            left[layer.merged] += 1
+            layer.merge() if start else layer.unmerge()
+            assert bits(layer.weight).equal(bits(merged if start else base)), (work.__name__, instruction)
+    assert min(left.values()) > 5
 
 
 @pytest.mark.parametrize("merged", [False, True])

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from peft import get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from interrupts import at_every_instruction
 from snell import SnellLinear, reference
 from snell.peft import AdaptedLinear, SnellConfig
 
@@ -213,6 +215,45 @@ def test_merge_keeps_the_output_and_unmerge_returns_the_weight_bit_for_bit(base,
     assert not layer.merged
     with pytest.warns(UserWarning, match="Already unmerged"):
         layer.unmerge()
+
+
+def test_an_interrupt_leaves_each_adapter_merged_or_not_and_says_which(monkeypatch):
+    monkeypatch.setattr("snell.blocks.WORKSPACE_BYTES", 64 * 20 * 4)
+    layer = adapt(nn.Linear(20, 100))  # two blocks of rows
+    layer.update_layer("other", layer.snell_spec["default"], SnellConfig(r=8, init_weights=False))
+    layer.set_adapter(["default", "other"])
+    weight, states = layer.base_layer.weight, {}
+    states[()] = weight.detach().clone()
+    for name in ("default", "other"):
+        layer.merge(adapter_names=[name])
+        states[tuple(layer.merged_adapters)] = weight.detach().clone()
+    assert len(states) == 3
+
+    seen = set()
+    for whole, work, again in (
+        (("default", "other"), layer.unmerge, layer.merge),
+        ((), layer.merge, layer.unmerge),
+    ):
+        assert tuple(layer.merged_adapters) == whole
+        for instruction in at_every_instruction(work):
+            left = tuple(layer.merged_adapters)
+            seen.add(left)
+            assert torch.equal(weight, states[left]), (work.__name__, instruction, left)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                again()
+            assert torch.equal(weight, states[whole]), (work.__name__, instruction, left)
+    assert seen == set(states)
+
+
+def test_an_adapter_is_merged_once():
+    layer = adapt(linear())
+    layer.merge()
+    once = layer.base_layer.weight.detach().clone()
+    layer.merge()
+    layer.merge(adapter_names=["default"])
+    assert layer.merged_adapters == ["default"]
+    assert torch.equal(layer.base_layer.weight, once)
 
 
 def test_training_on_after_a_merge_does_not_disturb_unmerging():
