@@ -23,7 +23,7 @@ SPARSITIES = st.one_of(st.sampled_from([0.0, 0.01, 0.5, 0.9, 0.99, 0.999]), st.f
 
 
 @dataclass(frozen=True)
-class Case:
+class Drawn:
     """One drawn update; a seed stands for its numbers, so that a failure prints short."""
 
     m: int
@@ -64,11 +64,11 @@ class Case:
         return functional.update(*self.factors(), self.spec)
 
 
-def cases(small: bool, gates: tuple[str, ...] = GATES) -> st.SearchStrategy[Case]:
-    """Cases with odd and tiny shapes; larger than one tile of any backend unless ``small``."""
+def cases(small: bool, gates: tuple[str, ...] = GATES) -> st.SearchStrategy[Drawn]:
+    """Updates with odd and tiny shapes; larger than one tile of any backend unless ``small``."""
     longest = 40 if small else 150
     return st.builds(
-        Case,
+        Drawn,
         m=st.integers(1, longest),
         n=st.integers(1, longest),
         groups=st.integers(1, 3),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from snell import functional, blocks
+from snell import blocks, functional
 
 PIECEWISE = {"sparsity": 0.8, "kernel": "piecewise_linear", "groups": 2, "gate": "soft"}
 
@@ -54,14 +54,14 @@ def test_blocks_give_what_the_whole_gives(backend, small, monkeypatch, needs, dt
     m, n = (70, 67) if small else (141, 133)
     whole = run(m, n, dtype, transposed, needs)
     monkeypatch.setattr(blocks, "WORKSPACE_BYTES", 1)
-    blocks = run(m, n, dtype, transposed, needs)
+    in_blocks = run(m, n, dtype, transposed, needs)
     for name, value in whole.items():
         if name in ("y", "x"):
             # Every entry comes out of one GEMM over the same operands, whatever the block: rounded once.
             tolerance = 1e-5 if dtype == torch.float32 else 1e-2
         else:
             tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-        error = (blocks[name].float() - value.float()).norm() / value.float().norm()
+        error = (in_blocks[name].float() - value.float()).norm() / value.float().norm()
         assert error <= tolerance, f"{name}: {error:.2e}"
 
 

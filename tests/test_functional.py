@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cases import GATES_THAT_COMPETE, KERNELS, LAYOUTS, cases, laid_out
-from snell import error_bounds, functional, reference
-from snell.error_bounds import assert_within
+from snell import functional, reference
 from snell.spec import GATES, Spec
+from snell.testing import bounds
+from snell.testing.bounds import Expected, assert_within
 
 PIECEWISE = {"kernel": "piecewise_linear", "groups": 2}
 
@@ -44,8 +45,8 @@ def test_the_layer_matches_the_reference(backend, small):
         assert y.shape == (*batch, case.m)
         assert y.dtype == dtype
         y.backward(grad_y)
-        bounds = error_bounds.layer(case.update(), x.detach(), weight, bias, grad_y)
-        for name, (value, bound) in bounds.items():
+        expected = bounds.layer(Expected(case.update()), x.detach(), weight, bias, grad_y)
+        for name, (value, bound) in expected.items():
             tensor = {"y": y, "grad_x": x.grad, "grad_A": A.grad, "grad_B": B.grad, "grad_theta": theta.grad}[name]
             assert_within(tensor.detach(), value.view_as(tensor), bound.view_as(tensor), name)
 
@@ -182,11 +183,10 @@ def test_expanded_and_broadcast_gradients(backend):
 def test_without_a_weight_it_is_the_share_of_the_update(backend):
     A, B, theta = draw()
     spec = Spec(6, 0.8, "piecewise_linear", 2, "soft")
-    tau = functional.threshold(A, B, theta, spec)
     results = []
     for weight in (None, torch.zeros(9, 14)):
         x = torch.randn(4, 14, generator=torch.Generator().manual_seed(1)).requires_grad_()
-        y = functional.linear(x, weight, None, A, B, theta, tau, spec)
+        y = functional.linear(x, weight, None, functional.update(A, B, theta, spec))
         results.append([y, *torch.autograd.grad(y.square().sum(), (x, A, B))])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
@@ -291,11 +291,11 @@ def test_opcheck(backend):
     tau = functional.select_threshold(A, B, theta, sparsity=0.5, **PIECEWISE)
     update = ("piecewise_linear", 2, "soft")
     torch.library.opcheck(torch.ops.snell.linear.default, (x, weight, bias, A, B, theta, tau, *update))
-    torch.library.opcheck(torch.ops.snell.merge.default, (A, B, theta, tau, weight, *update))
+    torch.library.opcheck(torch.ops.snell.merge.default, (weight, A, B, theta, tau, *update))
     detached = [t.detach() for t in (A, B, theta)]
-    for needs in ((True, True, True, True), (True, False, False, False), (False, False, False, True)):
+    for needs in ([True, True, True, True], [True, False, False, False], [False, False, False, True]):
         torch.library.opcheck(
             torch.ops.snell.linear_backward.default,
-            (torch.randn(2, 3, 9), x.detach(), weight, *detached, tau, *update, *needs),
+            (torch.randn(2, 3, 9), x.detach(), weight, needs, *detached, tau, *update),
             test_utils=("test_schema", "test_faketensor"),
         )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from layers import draw, factors
 
@@ -108,6 +110,20 @@ def test_accumulated_gradients_are_the_sum(backend):
     for part in x.split(3):
         layer(part).square().sum().backward()
     torch.testing.assert_close(layer.snell_B.grad, whole, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kernel", ["piecewise_linear", "sigmoid"])
+def test_under_a_dispatch_mode_the_gradients_have_the_same_bits(backend, kernel):
+    """Counters of operations, and all else that watches the dispatcher, change nothing."""
+    layer, x = draw(kernel=kernel, train_theta=True), torch.randn(5, 14)
+    results = []
+    for mode in (nullcontext(), FlopCounterMode(display=False)):
+        layer.zero_grad()
+        with mode:
+            layer(x).square().sum().backward()
+            layer.delta_weight().square().sum().backward()
+        results.append([t.grad for t in factors(layer)])
+    assert all(one.equal(other) for one, other in zip(*results, strict=True))
 
 
 # --- the compiler

@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from snell.spec import GATES, KERNEL_FUNCTIONS, Spec, num_zeroed
+from snell.kernel_functions import KERNEL_FUNCTIONS
+from snell.spec import GATES, Spec
 
 
 @pytest.mark.parametrize(
@@ -81,7 +82,7 @@ def test_scale_is_a_number(scale):
     ],
 )
 def test_the_number_of_losers_is_the_ceiling(sparsity, entries, zeroed):
-    assert num_zeroed(sparsity, entries) == zeroed
+    assert Spec(8, sparsity).num_zeroed(entries) == zeroed
 
 
 def test_theta_starts_where_kappa_of_nothing_is_zero():

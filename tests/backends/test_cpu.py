@@ -1,23 +1,29 @@
 """What the native backend has beyond the block operations: gradients straight from the activations."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from snell import backends, functional, native, reference
 from snell.backends import cpu
 from snell.spec import Spec
+from snell.update import Gradients, Update
 
 pytestmark = pytest.mark.skipif("cpu" not in backends.AVAILABLE, reason="the native library was not built")
 
 KERNELS = ("piecewise_linear", "linear", "sigmoid", "rbf")
 
 
-def _update(m, n, rank, kernel, groups, dtype, sparsity):
+def _update(m, n, rank, kernel, groups, dtype, sparsity, gate="soft") -> Update:
     # Small factors: rbf and sigmoid would saturate, and tie, in float32.
     A, B = 0.3 * torch.randn(n, rank, dtype=dtype), 0.3 * torch.randn(m, rank, dtype=dtype)
-    theta = torch.tensor(Spec(rank, sparsity, kernel, groups).initial_theta(0.3), dtype=dtype)
-    tau = functional.select_threshold(A, B, theta, sparsity=sparsity, kernel=kernel, groups=groups)
-    return A, B, theta, tau
+    spec = Spec(rank, sparsity, kernel, groups, gate)
+    return functional.update(A, B, torch.tensor(spec.initial_theta(0.3), dtype=dtype), spec)
+
+
+def _from_tokens(grad_y, x, update: Update, grads: Gradients) -> bool:
+    return backends.AVAILABLE["cpu"].factor_grad_of_tokens(grad_y, x, update, grads)
 
 
 @pytest.fixture
@@ -32,15 +38,16 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 2e-5)])
 def test_gradients_from_tokens_match_the_reference(eager, dtype, tolerance, kernel, gate) -> None:
     m, n, rank, groups, tokens = 61, 83, 12, 3, 101
-    A, B, theta, tau = _update(m, n, rank, kernel, groups, dtype, 0.95)
+    update = _update(m, n, rank, kernel, groups, dtype, 0.95, gate)
+    tau = update.tau
     # Rows of a longer matrix, as a batch's slice is.
     grad_y, x = torch.randn(tokens, m + 3, dtype=dtype)[:, :m], torch.randn(tokens, n + 5, dtype=dtype)[:, :n]
-    grads = [torch.randn_like(t) for t in (A, B, theta)]
+    grads = Gradients(*(torch.randn_like(t) for t in update[:3]))
     before = [grad.clone() for grad in grads]
-    assert cpu.factor_grad_of_tokens(grad_y, x, A, B, theta, tau, *grads, kernel, groups, gate)
-    exact = [t.double().requires_grad_() for t in (A, B, theta)]
+    assert _from_tokens(grad_y, x, update, grads)
+    exact = [t.double().requires_grad_() for t in update[:3]]
     # The same entries survive in both: the float64 K of a float32 survivor at the boundary may fall below tau.
-    survive = functional.merge(A, B, theta, tau, kernel=kernel, groups=groups, gate=gate) != 0
+    survive = functional.dense(update) != 0
     K = reference.kernel_matrix(*exact, kernel=kernel, groups=groups)
     a = K.detach().abs()
     gates = {"soft": (a - tau).clamp(min=0), "magnitude": a, "hard": torch.ones_like(a)}[gate] * survive
@@ -53,13 +60,18 @@ def test_gradients_from_tokens_match_the_reference(eager, dtype, tolerance, kern
 @pytest.mark.parametrize("tokens", [1, 15, 64, 65])
 def test_a_layer_gives_the_gradients_it_gives_with_G(eager, monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
     m, n = 70, 45
-    A, B, theta, _ = (t.requires_grad_() for t in _update(m, n, 16, "piecewise_linear", 2, torch.float64, 0.9))
+    A, B, theta = (t.requires_grad_() for t in _update(m, n, 16, "piecewise_linear", 2, torch.float64, 0.9)[:3])
     weight = torch.randn(m, n, dtype=torch.float64)
     x = torch.randn(tokens, n, dtype=torch.float64, requires_grad=True)
     grad_y = torch.randn(tokens, m, dtype=torch.float64)
     calls = []
-    through_tokens = cpu.factor_grad_of_tokens
-    monkeypatch.setattr(cpu, "factor_grad_of_tokens", lambda *args: calls.append(through_tokens(*args)) or calls[-1])
+    through_tokens = cpu.CpuBackend.factor_grad_of_tokens
+
+    def counted(*args):
+        calls.append(through_tokens(*args))
+        return calls[-1]
+
+    monkeypatch.setattr(cpu.CpuBackend, "factor_grad_of_tokens", counted)
 
     def gradients():
         settings = {"sparsity": 0.9, "kernel": "piecewise_linear", "groups": 2, "gate": "soft"}
@@ -75,25 +87,24 @@ def test_a_layer_gives_the_gradients_it_gives_with_G(eager, monkeypatch: pytest.
 
 
 def test_it_is_left_alone_where_it_does_not_pay(monkeypatch: pytest.MonkeyPatch) -> None:
-    A, B, theta, tau = _update(64, 64, 8, "linear", 1, torch.float32, 0.95)
-    grads = [torch.zeros_like(t) for t in (A, B, theta)]
+    update = _update(64, 64, 8, "linear", 1, torch.float32, 0.95)
 
-    def used(tau, gate="soft", dtype=torch.float32):
+    def used(update, dtype=torch.float32):
         x = torch.randn(32, 64, dtype=dtype)
-        return cpu.factor_grad_of_tokens(x, x, A, B, theta, tau, *grads, "linear", 1, gate)
+        return _from_tokens(x, x, update, Gradients.zeros(update))
 
-    assert not used(tau), "a small layer is not worth asking"
+    assert not used(update), "a small layer is not worth asking"
     monkeypatch.setattr(cpu, "WORTH_ASKING", 0)
-    assert used(tau)
-    assert not used(tau, gate="none")
-    assert not used(tau, dtype=torch.bfloat16)
-    assert not used(tau * 0), "everything survives"
+    assert used(update)
+    assert not used(update._replace(spec=replace(update.spec, gate="none")))
+    assert not used(update, dtype=torch.bfloat16)
+    assert not used(update._replace(tau=update.tau * 0)), "everything survives"
 
 
 def test_the_share_of_survivors_is_estimated() -> None:
     for sparsity in (0.5, 0.9, 0.99):
-        A, B, theta, tau = _update(300, 200, 8, "piecewise_linear", 2, torch.float32, sparsity)
-        share = native.density(A, B, theta, tau, "piecewise_linear", 2, "soft", 2**14)
+        update = _update(300, 200, 8, "piecewise_linear", 2, torch.float32, sparsity)
+        share = native.density(update, 2**14)
         # Five standard deviations of a share counted in 2^14 draws.
         assert abs(share - (1 - sparsity)) <= 5 * (sparsity * (1 - sparsity) / 2**14) ** 0.5
-    assert native.density(A, B, theta, tau, "piecewise_linear", 2, "none", 16) == 1.0
+    assert native.density(update._replace(spec=replace(update.spec, gate="none")), 16) == 1.0

@@ -14,8 +14,10 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from cases import cases
-from snell import SnellLinear, functional
-from snell.error_bounds import TF32_ERROR, Update
+from snell import SnellLinear, backends, functional
+from snell.spec import Spec
+from snell.testing.bounds import TF32_ERROR, Expected
+from snell.update import Gradients
 
 pytestmark = pytest.mark.gpu
 
@@ -29,12 +31,10 @@ globals().update(
     {name: test for name, test in vars(test_operations).items() if name.startswith("test_") and name not in ELSEWHERE}
 )
 
-PIECEWISE = {"kernel": "piecewise_linear", "groups": 2}
-
 
 @pytest.fixture(autouse=True)
 def _tensors_on_the_gpu(monkeypatch):
-    exact_gradients = Update.gradients
+    exact_gradients = Expected.gradients
 
     def gradients(self, G, G_error=0.0):
         half = G.element_size() == 2
@@ -44,7 +44,7 @@ def _tensors_on_the_gpu(monkeypatch):
         # Every rank, group and kernel function is code of its own: one rank, or the compiler takes the hour.
         return cases(small, *gates).map(lambda c: replace(c, m=7 * c.m, n=7 * c.n, groups=2, per_group=4))
 
-    monkeypatch.setattr(Update, "gradients", gradients)
+    monkeypatch.setattr(Expected, "gradients", gradients)
     monkeypatch.setattr(test_operations, "cases", of_one_rank)
     with torch.device("cuda"):
         yield
@@ -78,16 +78,16 @@ def test_survivors_are_exact_and_agree_at_full_size(m, n):
     """Also where a matrix holds more than 2^31 entries: merge and factor_grad count what select promised."""
     A, B, theta = torch.randn(n, 16), torch.randn(m, 16), torch.tensor([0.1, -0.1])
     k = math.ceil(0.9 * m * n)
-    tau = functional.select_threshold(A, B, theta, sparsity=0.9, **PIECEWISE)
+    hard = functional.update(A, B, theta, Spec(16, 0.9, gate="hard"))
+    ungated = hard._replace(spec=Spec(16, 0.9, gate="none"))
+    tau = hard.tau
     below = at = gone = 0
     for rows in range(0, m, 4096):
-        block = B[rows : rows + 4096]
-        K = torch.empty(block.shape[0], n)
-        torch.ops.snell.merge_out(A, block, theta, tau, None, K, *PIECEWISE.values(), "none")
+        block = hard.with_rows(B[rows : rows + 4096])
+        K = functional.dense(ungated, slice(rows, rows + 4096))
         below, at = below + int((K.abs() < tau).sum()), at + int((K.abs() == tau).sum())
-        grads = [torch.zeros_like(t) for t in (A, block, theta)]
         merged = torch.randn_like(K)
-        torch.ops.snell.factor_grad(merged, A, block, theta, tau, None, merged, *grads, *PIECEWISE.values(), "hard")
+        backends.of(A).factor_grad(merged, block, Gradients.zeros(block), None, merged)
         gone += int((merged == 0).sum())
     assert below < k <= below + at
     assert gone == below + at

@@ -9,36 +9,39 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cases import GATES_THAT_COMPETE, KERNELS, LAYOUTS, WEIGHT_DTYPES, Case, cases, laid_out
-from snell import backends, functional
-from snell.error_bounds import Update, assert_within
-from snell.spec import GATES, Spec, num_zeroed
+from cases import GATES_THAT_COMPETE, KERNELS, LAYOUTS, WEIGHT_DTYPES, Drawn, cases, laid_out
+from snell import backends, competition, functional
+from snell.spec import GATES, Spec
+from snell.testing.bounds import Expected, assert_within
+from snell.update import Gradients, Update
 
 ops = torch.ops.snell
 
 
 def merge_out(update: Update, weight, out) -> None:
-    ops.merge_out(update.A, update.B, update.theta, update.tau, weight, out, update.kernel, update.groups, update.gate)
+    backends.of(update.A).merge(update, weight, out)
 
 
-def factor_grad(update: Update, G, weight, merged, grads) -> None:
-    ops.factor_grad(
-        *(G, update.A, update.B, update.theta, update.tau, weight, merged, *grads),
-        *(update.kernel, update.groups, update.gate),
-    )
+def factor_grad(update: Update, G, weight=None, merged=None, grads=None) -> Gradients:
+    """The gradients; added to ``grads`` where those are given."""
+    grads = Gradients.zeros(update) if grads is None else grads
+    backends.of(update.A).factor_grad(G, update, grads, weight, merged)
+    return grads
 
 
 def merge(update: Update, weight=None, gate=None):
-    return functional.merge(
-        update.A,
-        update.B,
-        update.theta,
-        update.tau,
-        weight=weight,
-        kernel=update.kernel,
-        groups=update.groups,
-        gate=gate or update.gate,
-    )
+    spec = update.spec
+    return functional.merge(*update[:4], weight=weight, kernel=spec.kernel, groups=spec.groups, gate=gate or spec.gate)
+
+
+def made_up(kernel, groups, gate, A, B, theta, tau) -> Update:
+    """An update with a threshold of one's own."""
+    return Update(A, B, theta, tau, Spec(A.shape[1], 0.5, kernel, groups, gate))
+
+
+def assert_gradients(update: Update, grads: Gradients, G, name="") -> None:
+    for grad, (which, (value, bound)) in zip(grads, Expected(update).gradients(G).items(), strict=True):
+        assert_within(grad, value, bound, f"{name} {which}")
 
 
 def examples(small: bool, count: int):
@@ -47,7 +50,7 @@ def examples(small: bool, count: int):
 
 
 def random_update(m, n, rank=8, kernel="piecewise_linear", groups=2, gate="soft", sparsity=0.9, dtype=torch.float32):
-    case = Case(m, n, groups, rank // groups, kernel, gate, sparsity, dtype, 0.3, int(torch.randint(2**31, ())))
+    case = Drawn(m, n, groups, rank // groups, kernel, gate, sparsity, dtype, 0.3, int(torch.randint(2**31, ())))
     return case.update()
 
 
@@ -60,7 +63,7 @@ def test_tau_has_the_bits_of_the_sorted_K_of_its_own_backend(backend, small):
     def check(case):
         update = case.update()
         ranked = merge(update, gate="none").abs().flatten().sort().values
-        k = num_zeroed(case.sparsity, ranked.numel())
+        k = case.spec.num_zeroed(ranked.numel())
         expected = ranked[k - 1] if k else ranked.new_zeros(())
         assert update.tau.dtype == case.dtype
         assert update.tau.shape == ()
@@ -77,10 +80,10 @@ def test_tau_lies_within_rounding_of_the_reference(backend, small):
         if case.sparsity == 0.0:
             assert update.tau == 0
             return
-        k = num_zeroed(case.sparsity, case.m * case.n)
+        k, expected = case.spec.num_zeroed(case.m * case.n), Expected(update)
         # The k-th smallest moves by no more than the entries do.
-        expected = update.K().abs().flatten().kthvalue(k).values
-        assert_within(update.tau, expected, update.K_error().max(), "tau")
+        tau = expected.K().abs().flatten().kthvalue(k).values
+        assert_within(update.tau, tau, expected.K_error().max(), "tau")
 
     check()
 
@@ -103,14 +106,14 @@ def test_survivors_are_exact_at_the_size_of_a_language_model(m, n, dtype):
         A, B, theta = update.A, update.B, update.theta
         magnitudes = merge(update, gate="none").abs_()
         for sparsity in (0.01, 0.5, 0.9, 0.99, 0.999):
-            tau = functional.select_threshold(A, B, theta, sparsity=sparsity, kernel=update.kernel, groups=2)
+            tau = functional.select_threshold(A, B, theta, sparsity=sparsity, kernel="piecewise_linear", groups=2)
             k = math.ceil(sparsity * (m * n))
             below = int(magnitudes.lt(tau).count_nonzero())
             # Among 45 million float32 some tie with tau and lose with it; among float64 none do.
             ties = int(magnitudes.eq(tau).count_nonzero())
             assert below < k <= below + ties
             assert dtype == torch.float32 or ties == 1
-            survivors = merge(Update(A, B, theta, update.kernel, 2, "hard", tau)).count_nonzero()
+            survivors = merge(made_up("piecewise_linear", 2, "hard", A, B, theta, tau)).count_nonzero()
             assert survivors == m * n - k - (below + ties - k)
 
 
@@ -128,7 +131,7 @@ def test_merge_matches_the_reference(backend, small):
             weight = laid_out(weight, layout)
         merged = merge(update, weight)
         assert merged.dtype == (weight_dtype or case.dtype)
-        assert_within(merged, *update.merged(weight, merged.dtype), "merged")
+        assert_within(merged, *Expected(update).merged(weight, merged.dtype), "merged")
 
     check()
 
@@ -142,12 +145,12 @@ def test_merge_out_writes_its_block_and_nothing_else(backend, small):
         room = torch.full((case.m + 2, case.n + 3), 7.0, dtype=out_dtype)
         out = room[1 : case.m + 1, 2 : case.n + 2]
         merge_out(update, weight, out)
-        assert_within(out, *update.merged(weight, out_dtype), "out")
+        assert_within(out, *Expected(update).merged(weight, out_dtype), "out")
         room[1 : case.m + 1, 2 : case.n + 2] = 7.0
         assert bool((room == 7.0).all()), "wrote beside its block"
         transposed = torch.full((case.n, case.m), 7.0, dtype=out_dtype).t()
         merge_out(update, weight, transposed)
-        assert_within(transposed, *update.merged(weight, out_dtype), "transposed out")
+        assert_within(transposed, *Expected(update).merged(weight, out_dtype), "transposed out")
 
     check()
 
@@ -160,9 +163,7 @@ def test_any_rectangle_has_the_bits_of_the_whole(backend, small):
         r0, c0 = data.draw(st.integers(0, case.m - 1)), data.draw(st.integers(0, case.n - 1))
         r1, c1 = data.draw(st.integers(r0 + 1, case.m)), data.draw(st.integers(c0 + 1, case.n))
         weight = torch.randn(case.m, case.n, generator=case.generator())
-        block = Update(
-            update.A[c0:c1], update.B[r0:r1], update.theta, update.kernel, update.groups, update.gate, update.tau
-        )
+        block = update.with_columns(update.A[c0:c1]).with_rows(update.B[r0:r1])
         for base in (None, weight):
             part = merge(block, None if base is None else base[r0:r1, c0:c1])
             assert part.equal(merge(update, base)[r0:r1, c0:c1])
@@ -186,7 +187,7 @@ def test_an_update_of_zero_keeps_the_bits_of_the_weight(backend):
     A, B, theta = torch.zeros(14, 4), torch.zeros(9, 4), torch.tensor([0.1, -0.1])
     weight = torch.where(torch.rand(9, 14) < 0.5, -0.0, torch.randn(9, 14))
     for gate in GATES:
-        merged = merge(Update(A, B, theta, "piecewise_linear", 2, gate, torch.zeros(())), weight)
+        merged = merge(made_up("piecewise_linear", 2, gate, A, B, theta, torch.zeros(())), weight)
         assert merged.view(torch.int32).equal(weight.view(torch.int32))
 
 
@@ -199,10 +200,7 @@ def test_factor_gradients_match_the_reference(backend, small):
     def check(case, dtype, layout):
         update = case.update()
         G = laid_out(torch.randn(case.m, case.n, generator=case.generator()).to(dtype), layout)
-        grads = [torch.zeros_like(t) for t in (update.A, update.B, update.theta)]
-        factor_grad(update, G, None, None, grads)
-        for grad, (name, (value, bound)) in zip(grads, update.gradients(G).items(), strict=True):
-            assert_within(grad, value, bound, name)
+        assert_gradients(update, factor_grad(update, G), G)
 
     check()
 
@@ -211,12 +209,12 @@ def test_factor_grad_adds_to_what_is_there(backend, small):
     for kernel in KERNELS:
         update = random_update(21, 34, kernel=kernel, gate="magnitude")
         G = torch.randn(21, 34)
-        before = [torch.randn_like(t) for t in (update.A, update.B, update.theta)]
-        after = [t.clone() for t in before]
-        factor_grad(update, G, None, None, after)
-        for start, end, (name, (value, bound)) in zip(before, after, update.gradients(G).items(), strict=True):
+        before = [torch.randn_like(t) for t in update[:3]]
+        after = factor_grad(update, G, grads=Gradients(*(t.clone() for t in before)))
+        expected = Expected(update)
+        for start, end, (name, (value, bound)) in zip(before, after, expected.gradients(G).items(), strict=True):
             # One more rounding, of the sum with what was there.
-            extra = 64 * update.eps * (start.double().abs() + value.abs())
+            extra = 64 * expected.eps * (start.double().abs() + value.abs())
             assert_within(end, start.double() + value, bound + extra, f"{kernel} {name}")
 
 
@@ -233,13 +231,10 @@ def test_factor_grad_leaves_the_bits_of_merge(backend, small, layout, in_place):
         G = laid_out(torch.randn(case.m, case.n).to(dtype), layout)
         expected = torch.empty_like(G)
         merge_out(update, weight, expected)
-        gradients = update.gradients(G.clone())
-        grads = [torch.zeros_like(t) for t in (update.A, update.B, update.theta)]
-        merged = G if in_place else torch.empty_like(G)
-        factor_grad(update, G, weight, merged, grads)
+        given, merged = G.clone(), G if in_place else torch.empty_like(G)
+        grads = factor_grad(update, G, weight, merged)
         assert merged.equal(expected)
-        for grad, (name, (value, bound)) in zip(grads, gradients.items(), strict=True):
-            assert_within(grad, value, bound, name)
+        assert_gradients(update, grads, given)
 
     check()
 
@@ -253,10 +248,9 @@ def test_the_same_inputs_give_the_same_bits(backend, small, kernel):
     update, again = random_update(m, n, kernel=kernel), []
     G = torch.randn(m, n)
     for _ in range(2):
-        tau = ops.select_threshold(update.A, update.B, update.theta, 0.7, kernel, 2)
-        grads = [torch.zeros_like(t) for t in (update.A, update.B, update.theta)]
-        factor_grad(update, G, None, None, grads)
-        again.append([tau, merge(update), *grads])
+        competition.forget()
+        tau = ops.select_threshold(*update[:3], 0.7, kernel, 2)
+        again.append([tau, merge(update), *factor_grad(update, G)])
     assert all(first.equal(second) for first, second in zip(*again, strict=True))
 
 
@@ -268,8 +262,8 @@ def test_survivors_do_not_depend_on_the_number_of_threads(backend, small):
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
-            tau = backends.AVAILABLE[backend].select_threshold(update.A, update.B, update.theta, 0.9, update.kernel, 2)
-            results.append((tau, merge(update)))
+            competition.forget()
+            results.append((functional.update(*update[:3], update.spec).tau, merge(update)))
     finally:
         torch.set_num_threads(threads)
     assert all(one.equal(three) for one, three in zip(*results, strict=True))
@@ -286,17 +280,13 @@ SHAPES = [(1, 1), (1, 37), (37, 1), (2, 2), (5, 129)]
 def test_thin_matrices_and_rank_one(backend, m, n, kernel):
     for sparsity in (0.0, 0.3, 0.999):
         update = random_update(m, n, rank=1, groups=1, kernel=kernel, sparsity=sparsity, gate="magnitude")
-        gate = "none" if sparsity == 0.0 else "magnitude"
-        update = Update(update.A, update.B, update.theta, kernel, 1, gate, update.tau)
+        assert update.spec.gate == ("none" if sparsity == 0.0 else "magnitude")
         ranked = merge(update, gate="none").abs().flatten().sort().values
         k = math.ceil(sparsity * (m * n))
         assert update.tau == (ranked[k - 1] if k else 0)
-        assert_within(merge(update), *update.merged(None, torch.float32), "merged")
+        assert_within(merge(update), *Expected(update).merged(None, torch.float32), "merged")
         G = torch.randn(m, n)
-        grads = [torch.zeros_like(t) for t in (update.A, update.B, update.theta)]
-        factor_grad(update, G, None, None, grads)
-        for grad, (name, (value, bound)) in zip(grads, update.gradients(G).items(), strict=True):
-            assert_within(grad, value, bound, name)
+        assert_gradients(update, factor_grad(update, G), G)
 
 
 @pytest.mark.parametrize("fill", [0.0, 0.25])
@@ -307,12 +297,10 @@ def test_where_every_entry_ties_nothing_survives(backend, kernel, fill):
     theta = torch.tensor(Spec(rank, 0.5, kernel, 2).initial_theta(0.3)) * 1.01
     tau = functional.select_threshold(A, B, theta, sparsity=0.5, kernel=kernel, groups=2)
     for gate in GATES_THAT_COMPETE:
-        update = Update(A, B, theta, kernel, 2, gate, tau)
+        update = made_up(kernel, 2, gate, A, B, theta, tau)
         assert tau.equal(merge(update, gate="none")[0, 0].abs())
         assert merge(update).count_nonzero() == 0
-        grads = [torch.zeros_like(t) for t in (A, B, theta)]
-        factor_grad(update, torch.randn(m, n), None, None, grads)
-        assert all(grad.count_nonzero() == 0 for grad in grads)
+        assert all(grad.count_nonzero() == 0 for grad in factor_grad(update, torch.randn(m, n)))
 
 
 @pytest.mark.parametrize("distinct", [2, 3])
@@ -321,7 +309,7 @@ def test_ties_at_tau_all_lose(backend, distinct):
     A, B = torch.randn(30, 4), torch.randn(distinct, 4).repeat(12 // distinct, 1)
     theta = torch.tensor([0.1, -0.1])
     tau = functional.select_threshold(A, B, theta, sparsity=0.5, kernel="piecewise_linear", groups=2)
-    update = Update(A, B, theta, "piecewise_linear", 2, "hard", tau)
+    update = made_up("piecewise_linear", 2, "hard", A, B, theta, tau)
     magnitudes = merge(update, gate="none").abs()
     assert tau.equal(magnitudes.flatten().sort().values[180 - 1])
     assert (magnitudes == tau).sum() >= 12 // distinct
@@ -330,15 +318,16 @@ def test_ties_at_tau_all_lose(backend, distinct):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_one_huge_outlier(backend, kernel):
-    case = Case(29, 43, 2, 4, kernel, "magnitude", 0.95, torch.float32, 0.3, int(torch.randint(2**31, ())))
+    case = Drawn(29, 43, 2, 4, kernel, "magnitude", 0.95, torch.float32, 0.3, int(torch.randint(2**31, ())))
     A, B, theta = case.factors()
     B[7] *= 1e6
     tau = functional.select_threshold(A, B, theta, sparsity=0.95, **case.settings)
-    update = Update(A, B, theta, kernel, 2, "hard", tau)
+    update = made_up(kernel, 2, "hard", A, B, theta, tau)
     ranked = merge(update, gate="none").abs().flatten().sort().values
     assert tau.equal(ranked[math.ceil(0.95 * (29 * 43)) - 1])
     assert merge(update).count_nonzero() == (ranked > tau).sum()
-    assert_within(merge(update, gate="none"), update.K(), update.K_error() + 1e-37, "K")
+    expected = Expected(update)
+    assert_within(merge(update, gate="none"), expected.K(), expected.K_error() + 1e-37, "K")
 
 
 @pytest.mark.parametrize("magnitude", [1e-30, 1e-41])
@@ -347,11 +336,11 @@ def test_denormal_K_is_ranked_and_kept(backend, magnitude):
     A = torch.arange(1, 21, dtype=torch.float32).unsqueeze(1) * magnitude
     B = torch.ones(3, 1)
     theta = A.new_zeros(0)
-    update = Update(A, B, theta, "linear", 1, "none", torch.zeros(()))
+    update = made_up("linear", 1, "none", A, B, theta, torch.zeros(()))
     assert merge(update).equal(A.T.expand(3, 20))
     tau = functional.select_threshold(A, B, theta, sparsity=0.5, kernel="linear", groups=1)
     assert tau.equal(A[9, 0])
-    hard = merge(Update(A, B, theta, "linear", 1, "hard", tau))
+    hard = merge(made_up("linear", 1, "hard", A, B, theta, tau))
     assert hard.count_nonzero() == 30
     assert hard[:, 10:].equal(A[10:].T.expand(3, 10))
 
@@ -362,7 +351,7 @@ def test_K_that_overflows_is_ranked_as_infinity(backend):
     A[:, :] = A.abs() + 2
     theta = A.new_zeros(0)
     tau = functional.select_threshold(A, B, theta, sparsity=0.5, kernel="linear", groups=1)
-    update = Update(A, B, theta, "linear", 1, "hard", tau)
+    update = made_up("linear", 1, "hard", A, B, theta, tau)
     K = merge(update, gate="none")
     assert K[3].isinf().all()
     assert tau.equal(K.abs().flatten().sort().values[99])
@@ -377,16 +366,15 @@ def test_nan_and_infinity_reach_exactly_their_entries(backend, kernel, gate):
     update = random_update(17, 26, kernel=kernel, sparsity=0.6)
     A, B = update.A.clone(), update.B.clone()
     A[4, 3], B[9, 0] = float("nan"), float("nan")
-    poisoned = Update(A, B, update.theta, kernel, 2, gate, update.tau)
+    poisoned = made_up(kernel, 2, gate, A, B, update.theta, update.tau)
     expected = torch.zeros(17, 26, dtype=torch.bool)
     expected[:, 4] = expected[9] = True
     for weight in (None, torch.randn(17, 26)):
-        clean = merge(Update(update.A, update.B, update.theta, kernel, 2, gate, update.tau), weight)
+        clean = merge(made_up(kernel, 2, gate, *update[:4]), weight)
         dirty = merge(poisoned, weight)
         assert dirty.isnan().equal(expected)
         assert dirty[~expected].equal(clean[~expected])
-    grads = [torch.zeros_like(t) for t in (A, B, update.theta)]
-    factor_grad(poisoned, torch.ones(17, 26), None, None, grads)
+    grads = factor_grad(poisoned, torch.ones(17, 26))
     assert grads[0][4].isnan().any()
     assert grads[1][9].isnan().any()
 
@@ -398,8 +386,7 @@ def test_nan_in_G_reaches_the_gradients_of_its_survivors(backend, gate):
     i, j = survives.nonzero()[3].tolist()
     G = torch.randn(17, 26)
     G[i, j] = float("nan")
-    grads = [torch.zeros_like(t) for t in (update.A, update.B, update.theta)]
-    factor_grad(update, G, None, None, grads)
+    grads = factor_grad(update, G)
     assert grads[0][j].isnan().all()
     assert grads[1][i].isnan().all()
     assert grads[2].isnan().all()
@@ -421,26 +408,16 @@ def test_gradients_are_finite_where_a_distance_is_zero(backend, kernel):
     update = random_update(11, 14, kernel=kernel, gate="none", sparsity=0.0)
     A, B = update.A.clone(), update.B.clone()
     A[2], B[3] = 0.5, 0.5
-    update = Update(A, B, update.theta, kernel, 2, "none", torch.zeros(()))
+    update = made_up(kernel, 2, "none", A, B, update.theta, torch.zeros(()))
     G = torch.randn(11, 14)
-    grads = [torch.zeros_like(t) for t in (A, B, update.theta)]
-    factor_grad(update, G, None, None, grads)
-    for grad, (name, (value, bound)) in zip(grads, update.gradients(G).items(), strict=True):
-        assert_within(grad, value, bound, name)
+    assert_gradients(update, factor_grad(update, G), G)
 
 
 def test_opcheck(backend):
     update = random_update(9, 13)
-    names = (update.kernel, update.groups)
-    factors = (update.A, update.B, update.theta)
-    weight, grads = torch.randn(9, 13), [torch.zeros_like(t) for t in factors]
+    flat = (*update[:4], "piecewise_linear", 2, "soft")
     utils = ("test_schema", "test_faketensor")
-    torch.library.opcheck(ops.select_threshold.default, (*factors, 0.9, *names), test_utils=utils)
-    torch.library.opcheck(
-        ops.merge_out.default, (*factors, update.tau, weight, weight.clone(), *names, "soft"), test_utils=utils
-    )
-    torch.library.opcheck(
-        ops.factor_grad.default,
-        (torch.randn(9, 13), *factors, update.tau, weight, weight.clone(), *grads, *names, "soft"),
-        test_utils=utils,
-    )
+    torch.library.opcheck(ops.select_threshold.default, (*update[:3], 0.9, "piecewise_linear", 2), test_utils=utils)
+    for weight in (None, torch.randn(9, 13), torch.randn(9, 13).bfloat16()):
+        torch.library.opcheck(ops.merge.default, (weight, *flat), test_utils=utils)
+    torch.library.opcheck(ops.merge_backward.default, (torch.randn(9, 13), *flat), test_utils=utils)

@@ -7,26 +7,26 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from snell import SnellLinear, backends, reference, refresh_thresholds
-from snell.spec import num_zeroed
+from snell import SnellLinear, backends, competition, reference, refresh_thresholds
+from snell.spec import Spec
+from snell.update import Gradients, Parameters, Update
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs Triton's interpreter: TRITON_INTERPRET=1", allow_module_level=True)
 
 from snell.kernels import factor_grad, few_tokens, launch, merge, selection
-from snell.kernels.selection import Update, select_thresholds
-
-PIECEWISE = ("piecewise_linear", 2)
+from snell.kernels.selection import select_thresholds
 
 
 @pytest.fixture(autouse=True)
 def _on_triton():
-    selection.forget()
+    competition.forget()
     with backends.use("triton"):
         yield
 
@@ -44,20 +44,30 @@ def launched(monkeypatch) -> list[str]:
     return names
 
 
-def update(m, n, rank=4, sparsity=0.9) -> Update:
-    return Update(torch.randn(n, rank), torch.randn(m, rank), torch.tensor([0.1, -0.13]), sparsity)
+def parameters(m, n, rank=4, sparsity=0.9) -> Parameters:
+    return torch.randn(n, rank), torch.randn(m, rank), torch.tensor([0.1, -0.13]), Spec(rank, sparsity)
 
 
-def magnitudes(u: Update) -> torch.Tensor:
+def update(layer: Parameters, gate="none", tau=0.0) -> Update:
+    *factors, spec = layer
+    return Update(*factors, torch.as_tensor(tau), replace(spec, gate=gate))
+
+
+def select(*layers: Parameters) -> list[float]:
+    return select_thresholds(layers)[0].tolist()
+
+
+def magnitudes(layer: Parameters) -> torch.Tensor:
     """|K| with the kernels' own bits, sorted."""
-    out = torch.empty(u.B.shape[0], u.A.shape[0])
-    merge.merge_out(u.A, u.B, u.theta, torch.zeros(()), None, out, *PIECEWISE, "none")
+    ungated = update(layer)
+    out = torch.empty(ungated.shape)
+    merge.merge(ungated, None, out)
     return out.abs().flatten().sort().values
 
 
-def exact(u: Update) -> torch.Tensor:
-    ranked = magnitudes(u)
-    return ranked[num_zeroed(u.sparsity, len(ranked)) - 1]
+def exact(layer: Parameters) -> float:
+    ranked = magnitudes(layer)
+    return ranked[layer[3].num_zeroed(len(ranked)) - 1].item()
 
 
 # --- select
@@ -68,64 +78,64 @@ def exact(u: Update) -> torch.Tensor:
 def test_a_bracket_that_misses_is_made_good(monkeypatch, shift, bucket):
     plan = selection._plan
 
-    def wrong(m, n, sparsity):
-        right = plan(m, n, sparsity)
+    def wrong(layer):
         low, high = (900, 950) if shift < 0 else (50, 90)
-        return right._replace(samples=1000, low=low, high=high, bucket=bucket)
+        return plan(layer)._replace(samples=1000, low=low, high=high, bucket=bucket)
 
     monkeypatch.setattr(selection, "_plan", wrong)
-    u = update(37, 53, sparsity=0.5)
-    assert select_thresholds([u], *PIECEWISE)[0] == exact(u)
+    layer = parameters(37, 53, sparsity=0.5)
+    assert select(layer) == [exact(layer)]
 
 
 def test_a_bucket_that_runs_over_is_made_good(monkeypatch):
     plan = selection._plan
-    monkeypatch.setattr(selection, "_plan", lambda *sizes: plan(*sizes)._replace(bucket=1, low=-1, high=10**6))
-    u = update(41, 50, sparsity=0.7)
-    assert select_thresholds([u], *PIECEWISE)[0] == exact(u)
+    monkeypatch.setattr(selection, "_plan", lambda layer: plan(layer)._replace(bucket=1, low=-1, high=10**6))
+    layer = parameters(41, 50, sparsity=0.7)
+    assert select(layer) == [exact(layer)]
 
 
 def test_one_pass_over_K_is_the_rule():
     """The first choice settles tau: shown by leaving out the passes after it."""
     wrong = 0
     for _ in range(6):
-        u = update(60, 70, sparsity=0.8)
+        layer = parameters(60, 70, sparsity=0.8)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(selection, "PASSES", 1)
-            wrong += int(select_thresholds([u], *PIECEWISE)[0] != exact(u))
+            wrong += int(select(layer) != [exact(layer)])
         selection.forget()
     assert wrong == 0
 
 
 def test_layers_of_any_shape_share_launches_and_get_their_own_tau(launched):
     shapes = [(1, 1), (64, 512), (3, 700), (90, 31)]
-    updates = [update(m, n, sparsity=s) for (m, n), s in zip(shapes, (0.9, 0.5, 0.999, 0.01), strict=True)]
+    layers = [parameters(m, n, sparsity=s) for (m, n), s in zip(shapes, (0.9, 0.5, 0.999, 0.01), strict=True)]
     alone = []
-    for u in updates:
+    for layer in layers:
         launched.clear()
-        alone.append(select_thresholds([u], *PIECEWISE)[0])
+        alone += select(layer)
         one = list(launched)
     selection.forget()
     launched.clear()
-    together = select_thresholds(updates, *PIECEWISE)
+    together = select(*layers)
     assert launched == one
-    assert [float(t) for t in together] == [float(t) for t in alone] == [float(exact(u)) for u in updates]
+    assert together == alone == [exact(layer) for layer in layers]
 
 
 def test_a_group_beyond_the_workspace_goes_in_several_calls(monkeypatch, launched):
-    updates = [update(20, 30), update(30, 20), update(10, 10)]
-    expected = [float(exact(u)) for u in updates]
+    layers = [parameters(20, 30), parameters(30, 20), parameters(10, 10)]
+    expected = [exact(layer) for layer in layers]
     monkeypatch.setattr(selection, "WORKSPACE_BYTES", 1)
-    assert [float(t) for t in select_thresholds(updates, *PIECEWISE)] == expected
+    assert select(*layers) == expected
     assert launched.count("fingerprint_kernel") == 3
 
 
 def test_not_a_number_sorts_largest():
-    u = update(20, 10, sparsity=0.5)
-    u.B[:3] = float("nan")
-    assert select_thresholds([u], *PIECEWISE)[0] == magnitudes(u)[99]
-    u.B[:12] = float("nan")
-    assert select_thresholds([u], *PIECEWISE)[0].isnan()
+    layer = parameters(20, 10, sparsity=0.5)
+    B = layer[1]
+    B[:3] = float("nan")
+    assert select(layer) == [magnitudes(layer)[99]]
+    B[:12] = float("nan")
+    assert math.isnan(select(layer)[0])
 
 
 # --- what is remembered
@@ -135,58 +145,101 @@ def poison(slots: torch.Tensor) -> None:
     slots[:, 1] = slots[:, 1] >> 32 << 32 | torch.tensor(7.0).view(torch.int32).long()
 
 
-@pytest.mark.parametrize("changed", ["A", "B", "theta"])
+@pytest.mark.parametrize("changed", [0, 1, 2], ids=["A", "B", "theta"])
 def test_tau_is_remembered_for_the_same_bits_alone(changed):
-    u = update(30, 40)
-    first = select_thresholds([u], *PIECEWISE)[0]
-    assert first == exact(u)
-    poison(selection._devices[u.A.device].memo)
-    assert select_thresholds([u], *PIECEWISE)[0] == 7.0, "selected anew what was known"
+    layer = parameters(30, 40)
+    assert select(layer) == [exact(layer)]
+    poison(selection._devices[layer[0].device].memo)
+    assert select(layer) == [7.0], "selected anew what was known"
     # An edit that no version counter sees.
-    getattr(u, changed).data.view(-1)[-1] += 0.01
-    assert select_thresholds([u], *PIECEWISE)[0] == exact(u)
+    layer[changed].data.view(-1)[-1] += 0.01
+    assert select(layer) == [exact(layer)]
 
 
 def test_swapped_rows_are_other_factors():
     """A hash of values without their places would take them for the same."""
-    u = update(30, 40)
-    select_thresholds([u], *PIECEWISE)
-    poison(selection._devices[u.A.device].memo)
-    u.A.data[[0, 1]] = u.A.data[[1, 0]]
-    assert select_thresholds([u], *PIECEWISE)[0] != 7.0
+    layer = parameters(30, 40)
+    A = layer[0]
+    select(layer)
+    poison(selection._devices[A.device].memo)
+    A.data[[0, 1]] = A.data[[1, 0]]
+    assert select(layer) == [exact(layer)] != [7.0]
 
 
-def test_refreshed_thresholds_are_used_until_a_factor_changes(launched):
+@pytest.fixture
+def refreshed(launched) -> list[SnellLinear]:
+    """Layers whose thresholds were selected together; what was launched for that is not recorded."""
     options = {"rank": 4, "sparsity": 0.8}
     model = nn.Sequential(SnellLinear(20, 30, **options), nn.Sequential(SnellLinear(30, 10, **options)))
-    layers = [module for module in model.modules() if isinstance(module, SnellLinear)]
-    apart = [layer.threshold() for layer in layers]
-    selection.forget()
-    launched.clear()
     assert refresh_thresholds(model) == 2
     assert launched.count("fingerprint_kernel") == 1
     launched.clear()
-    assert [float(layer.threshold()) for layer in layers] == [float(tau) for tau in apart]
-    assert launched == []
+    return [module for module in model.modules() if isinstance(module, SnellLinear)]
+
+
+def exact_of(layer: SnellLinear) -> float:
+    return exact(next(layer.snell_parameters()))
+
+
+def test_refreshed_thresholds_are_used_until_a_factor_changes(refreshed, launched):
     with torch.no_grad():
-        layers[0].snell_A.mul_(1.5)
-    changed = layers[0].threshold()
-    assert launched.count("fingerprint_kernel") == 1
-    assert changed == exact(
-        Update(*(t.detach() for t in (layers[0].snell_A, layers[0].snell_B, layers[0].snell_theta)), 0.8)
-    )
+        held = [layer.threshold() for layer in refreshed]
+        assert launched == ["verify_kernel"] * 2
+        assert [float(tau) for tau in held] == [exact_of(layer) for layer in refreshed]
+        first, second = refreshed
+        first.snell_A.mul_(1.5)
+        launched.clear()
+        changed = first.threshold()
+        assert launched.count("fingerprint_kernel") == 1
+        assert "verify_kernel" not in launched
+        assert changed == exact_of(first)
+        launched.clear()
+        assert second.threshold().equal(held[1])
+        assert launched == ["verify_kernel"]
+
+
+STALE = {
+    "one number of A": lambda layer: layer.snell_A.data.view(-1)[-1:].add_(0.01),
+    "one number of B": lambda layer: layer.snell_B.data[:1, :1].add_(0.01),
+    "theta": lambda layer: layer.snell_theta.data[1:].add_(0.01),
+    "the last bit": lambda layer: layer.snell_B.data.view(torch.int32).view(-1)[-1:].bitwise_xor_(1),
+    "swapped rows": lambda layer: layer.snell_A.data.copy_(layer.snell_A.data.roll(1, 0)),
+}
+
+
+@pytest.mark.parametrize("edit", STALE)
+def test_a_held_threshold_that_is_stale_gives_NaN_until_the_next_refresh(refreshed, launched, edit):
+    """An edit through ``.data``, which no version counter sees, as an optimizer's own kernel or a graph's replay."""
+    layer, other = refreshed
+    version = layer.snell_A._version, layer.snell_B._version, layer.snell_theta._version
+    STALE[edit](layer)
+    assert version == (layer.snell_A._version, layer.snell_B._version, layer.snell_theta._version)
+    with torch.no_grad():
+        assert layer.threshold().isnan()
+        held = other.threshold()
+        assert launched == ["verify_kernel"] * 2
+        assert held == exact_of(other)
+        for tokens in (1, few_tokens.TOKENS + 1):
+            assert layer(torch.randn(tokens, 20)).isnan().all()
+    assert refresh_thresholds(nn.Sequential(layer, other)) == 2
+    launched.clear()
+    with torch.no_grad():
+        again = layer.threshold()
+        assert launched == ["verify_kernel"]
+        assert again == exact_of(layer)
+        assert layer(torch.randn(2, 20)).isfinite().all()
 
 
 # --- factor gradients and few tokens
 
 
 def test_gradients_do_not_depend_on_the_bands(monkeypatch):
-    u, G = update(150, 70), torch.randn(150, 70)
-    tau = exact(u)
+    layer, G = parameters(150, 70), torch.randn(150, 70)
+    gated = update(layer, "magnitude", exact(layer))
 
     def gradients():
-        grads = [torch.zeros_like(t) for t in u[:3]]
-        factor_grad.factor_grad(G, u.A, u.B, u.theta, tau, None, None, *grads, *PIECEWISE, "magnitude")
+        grads = Gradients.zeros(gated)
+        factor_grad.factor_grad(G, gated, grads)
         return grads
 
     whole = gradients()
@@ -231,14 +284,15 @@ def test_more_tokens_go_by_blocks(launched):
 
 def test_addresses_beyond_two_to_the_31():
     """Rows 2^30 numbers apart; only their own pages are ever touched."""
-    u = update(3, 40, sparsity=0.5)
+    layer = parameters(3, 40, sparsity=0.5)
+    gated = update(layer, "soft", exact(layer))
     room = torch.empty(2**31 + 64, dtype=torch.float16)
     far = room.as_strided((3, 40), (2**30, 1))
     far.copy_(torch.randn(3, 40))
-    weight, tau = far.clone(), exact(u)
+    weight = far.clone()
     near = torch.empty(3, 40, dtype=torch.float16)
-    merge.merge_out(u.A, u.B, u.theta, tau, weight, near, *PIECEWISE, "soft")
-    merge.merge_out(u.A, u.B, u.theta, tau, far, far, *PIECEWISE, "soft")
+    merge.merge(gated, weight, near)
+    merge.merge(gated, far, far)
     assert far.equal(near)
     assert near.ne(weight).sum() > 0
     assert near.eq(weight).sum() >= math.ceil(0.5 * 120)

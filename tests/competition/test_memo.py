@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from snell import SnellLinear, backends, functional, memo
+from snell import SnellLinear, backends, functional
+from snell.competition import memo
 
 PIECEWISE = {"sparsity": 0.8, "kernel": "piecewise_linear", "groups": 2}
 
@@ -138,6 +139,6 @@ def test_the_memo_forgets_the_least_recently_used(monkeypatch):
     for key in (1, 2, 3, 1, 4, 1, 2):
         assert ask(key) == key
     assert calls == [1, 2, 3, 4, 2]
-    memo.clear()
+    memo.forget()
     ask(1)
     assert calls[-1] == 1

@@ -19,9 +19,11 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from snell import functional
-from snell.distributed import Split, select_threshold
+from snell import competition, functional
+from snell.competition.processes import select_among
+from snell.distributed import Split
 from snell.peft import AdaptedLinear, SnellConfig
+from snell.spec import Spec
 
 
 def everywhere(path: str | None) -> str:
@@ -99,10 +101,11 @@ def selection() -> None:
             torch.manual_seed(m * n)
             A, B = torch.randn(n, 4), torch.randn(m, 4)
             theta = torch.tensor({"linear": [], "piecewise_linear": [0.1, -0.1]}.get(kernel, [0.1, 1.0, -0.1]))
-            settings = {"sparsity": sparsity, "kernel": kernel, "groups": groups}
-            whole = functional.select_threshold(A, B, theta, **settings)
-            for A_piece, B_piece in ((A, B.chunk(processes)[rank]), (A.chunk(processes)[rank], B)):
-                tau = select_threshold(A_piece, B_piece, theta, **settings, group=mesh.get_group(), entries=m * n)
+            spec = Spec(4, sparsity, kernel, groups)
+            whole = functional.select_threshold(A, B, theta, sparsity=sparsity, kernel=kernel, groups=groups)
+            for pieces in ((A, B.chunk(processes)[rank]), (A.chunk(processes)[rank], B)):
+                competition.forget()  # or the second cut is remembered from the first
+                tau = select_among(mesh.get_group(), pieces, A, B, theta, spec)
                 assert torch.equal(tau, whole), (kernel, m, n, tau, whole)
 
 
