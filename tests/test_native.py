@@ -10,6 +10,8 @@ import torch
 from snell import native
 from snell.spec import GATES, KERNEL_FUNCTIONS
 
+SKIP = pytest.mark.skipif(not native.available(), reason="the native library was not built")
+
 CHECK = """
 import torch
 from snell import functional, native
@@ -56,13 +58,13 @@ def _can_run(isa: str) -> bool:
     return _run(probe, SNELL_ISA=isa).stdout.strip() == isa
 
 
-@pytest.mark.skipif(not native.available(), reason="the native library was not built")
+@SKIP
 def test_the_library_knows_every_kernel_function_and_gate() -> None:
     assert set(native._KERNELS) == set(KERNEL_FUNCTIONS)
     assert set(native._GATES) == set(GATES)
 
 
-@pytest.mark.skipif(not native.available(), reason="the native library was not built")
+@SKIP
 @pytest.mark.parametrize("isa", ["base", "v3", "v4"])
 def test_every_instruction_set_agrees_with_the_reference(isa: str) -> None:
     if not _can_run(isa):
@@ -92,7 +94,7 @@ print("works")
     assert done.stderr.count("snell's native library") == 1
 
 
-@pytest.mark.skipif(not native.available(), reason="the native library was not built")
+@SKIP
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
 def test_a_library_cut_short_is_refused_before_it_kills_the_process(tmp_path, monkeypatch, share: float) -> None:
     whole = native.PATH.read_bytes()
@@ -125,7 +127,7 @@ def _library_of_the_system() -> Path:
     return next(Path(path) for path in paths if path.rsplit("/", 1)[-1].startswith("libc.so"))
 
 
-@pytest.mark.skipif(not native.available(), reason="the native library was not built")
+@SKIP
 def test_ties_and_a_missed_bracket_are_settled_by_the_radix_passes() -> None:
     # Two values only, each half a million times: the bracket gathers far more than luck allows.
     A, B = torch.zeros(1000, 2), torch.ones(1000, 2)
@@ -134,3 +136,43 @@ def test_ties_and_a_missed_bracket_are_settled_by_the_radix_passes() -> None:
     for k, row in ((399_999, 999), (600_000, 999), (600_001, 0), (1_000_000, 0)):
         tau = native.select(A, B, theta, k, "piecewise_linear", 1)
         assert tau == torch.linalg.vector_norm(B[row]).item(), k
+
+
+@SKIP
+def test_more_than_all_entries_gives_the_largest() -> None:
+    # As when factors shrink between two radix passes: fewer keys are left than are still to be passed over.
+    A, B = torch.randn(70, 4), torch.randn(90, 4)
+    for dtype in (torch.float32, torch.float64):
+        factors = A.to(dtype), B.to(dtype), torch.tensor([1.0], dtype=dtype)
+        for excess in (1, 1000, 2**40):
+            tau = native.select(*factors, 70 * 90 + excess, "piecewise_linear", 1)
+            assert tau == native.select(*factors, 70 * 90, "piecewise_linear", 1)
+
+
+HOGWILD = """
+import threading, torch
+from snell import native
+
+A, B, theta = torch.zeros(400, 2), torch.ones(400, 2), torch.ones(1)
+done = threading.Event()
+def write():
+    value = 1.0
+    while not done.is_set():
+        value = 4.0 - value
+        B.fill_(value)
+threading.Thread(target=write).start()
+try:
+    taus = torch.stack([native.select(A, B, theta, 144_000, "piecewise_linear", 1) for _ in range(100)])
+finally:
+    done.set()
+smallest, largest = (torch.linalg.vector_norm(torch.full((2,), value)) for value in (1.0, 3.0))
+# A radix pass that finds nothing left of what the last one found answers that one's lower edge, 3 bits below 2^e.
+assert (taus >= smallest * (1 - 2**-3)).all() and (taus <= largest).all(), taus
+print("bounded")
+"""
+
+
+@SKIP
+def test_factors_that_change_meanwhile_leave_tau_among_the_magnitudes() -> None:
+    done = _run(HOGWILD)
+    assert done.stdout.strip() == "bounded", done.stderr

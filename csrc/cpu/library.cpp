@@ -112,7 +112,7 @@ SNELL_EXPORT void snell_fingerprint(int count, const void* const* data, const in
     }
     std::memset(words, 0, 32);
     words[3] = uint64_t(left) << 56;  // the rest is under 32 bytes: its last byte is free for their number
-    std::memcpy(words, p, size_t(left));
+    if (left) std::memcpy(words, p, size_t(left));  // an empty tensor has no address
     absorb();
   }
   for (int l = 0; l < 4; ++l) words[l] = lanes[(l + 1) % 4];

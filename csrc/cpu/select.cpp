@@ -5,6 +5,7 @@
 // hold too much (ties), radix passes over the bits of |K| settle it in bounded memory.
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <vector>
 
 #include "tiles.h"
@@ -111,13 +112,14 @@ T radix_select(const Operand<T>& u, int64_t k) {
     int shift = std::max(top - RADIX_BITS, 0), digits = 1 << (top - shift);
     std::vector<Histogram<KF, T>> bodies(u.threads, {&u, prefix, top, shift, digits, std::vector<int64_t>(digits)});
     sweep_all(u, bodies);
+    std::vector<int64_t> counts(digits);
+    for (auto& body : bodies)
+      for (int digit = 0; digit < digits; ++digit) counts[digit] += body.counts[digit];
+    // Another thread may write the factors between two passes, and fewer than k keys then have the prefix. The largest
+    // of them takes the k-th's place, or where none is left the prefix's smallest key: neither exceeds what was counted.
+    k = std::min(k, std::accumulate(counts.begin(), counts.end(), int64_t(0)));
     int digit = 0;
-    for (;; ++digit) {
-      int64_t count = 0;
-      for (auto& body : bodies) count += body.counts[digit];
-      if (k <= count) break;
-      k -= count;
-    }
+    for (; k > counts[digit]; ++digit) k -= counts[digit];
     prefix = prefix << (top - shift) | Key(digit);
   }
   T tau;
