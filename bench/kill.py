@@ -169,7 +169,7 @@ def kill_plain(folder: Path, kills: int, seed: int = 0, save: str = "save_adapte
 
     for _ in _lives(outcome, kills, executioner, arguments):
         if save == "save_adapter":
-            outcome.amid_a_save = (outcome.amid_a_save or 0) + (folder / ".broken.saving").exists()
+            outcome.amid_a_save = (outcome.amid_a_save or 0) + (folder / "broken" / ".saving").exists()
         step = _step_of(broken, unbroken, executioner.saved(), outcome)
     if not outcome.problems and executioner.live(broken, outcome.steps, step, save):
         outcome.problems.append("the run does not resume")

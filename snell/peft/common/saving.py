@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 __all__ = ["last_checkpoint", "save_adapter"]
 
 _CARD = "README.md"
+_STAGING = ".saving"
 _STATE = "trainer_state.json"
 _WEIGHTS = ("*.safetensors", "*.bin", "pytorch_model_fsdp*")
 
@@ -25,10 +26,14 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike[str], **settings: A
     """``model.save_pretrained(folder)``, but that a kill at any moment leaves the adapter that stood there loadable.
 
     PEFT writes the configuration in place: killed in between, it leaves a folder that no longer loads. Here every
-    file is written beside the folder, brought to the disk, and then renamed over its predecessor. Other files in the
-    folder stay. An adapter whose configuration differs from the one in the folder takes its place only after
-    the old weights are gone: a kill in that instant leaves no adapter, never new weights under old settings. Each
-    adapter of a model with several is replaced by itself. Processes that share a folder must not save at once.
+    file is written into ``folder/.saving``, brought to the disk, and then renamed over its predecessor. Other files in
+    the folder stay. Each adapter of a model with several is replaced by itself. Processes that share a folder must not
+    save at once.
+
+    One instant is left: two files cannot be renamed at once. Where the settings differ from those in the folder, the
+    old weights move into ``.saving`` before the new settings and the new weights take their places. A kill between
+    those renames leaves no adapter, never new weights under old settings; both are then whole in ``.saving``. An
+    error or an interrupt there puts the old adapter back.
 
     Args:
         model: the model; its adapters are saved.
@@ -36,19 +41,23 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike[str], **settings: A
         settings: of ``PeftModel.save_pretrained``: ``selected_adapters``, ``is_main_process``, ``state_dict``, ...
 
     Raises:
-        ValueError: ``safe_serialization=False``, or ``folder`` is a file.
-        OSError: the folder or its parent cannot be written; what stood in the folder stays.
+        ValueError: ``safe_serialization=False``, ``folder`` is a file, or an adapter's name leads out of the folder.
+        OSError: the folder cannot be written; the adapter in it stays.
     """
     if not settings.pop("safe_serialization", True):
         raise ValueError("safe_serialization must be True: save_adapter writes safetensors")
     folder = Path(folder).resolve()
     if folder.is_file():
         raise ValueError(f"folder must be a directory; got the file {folder}")
+    for name in settings.get("selected_adapters") or model.peft_config:
+        if not Path(os.path.normpath(folder / name)).is_relative_to(folder):
+            raise ValueError(f"an adapter's name must not lead out of folder, {folder}; got {name!r}: give it another")
     if not settings.get("is_main_process", True):
         # Writes nothing, but takes part in gathering sharded factors.
         model.save_pretrained(str(folder), **settings)
         return
-    fresh = folder.parent / f".{folder.name}.saving"
+    # Inside the folder, which may be a mount point: nothing is renamed into another file system.
+    fresh = folder / _STAGING
     # What a killed save has left.
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
@@ -68,13 +77,24 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike[str], **settings: A
 def _replace(fresh: Path, folder: Path) -> None:
     """Rename an adapter's files over those in ``folder``; weights never stand under settings not theirs."""
     folder.mkdir(parents=True, exist_ok=True)
-    if _settings(fresh / CONFIG_NAME) != _settings(folder / CONFIG_NAME):
-        (folder / SAFETENSORS_WEIGHTS_NAME).unlink(missing_ok=True)
+    config, weights = folder / CONFIG_NAME, folder / SAFETENSORS_WEIGHTS_NAME
+    old_config, old_weights = fresh / f"old_{CONFIG_NAME}", fresh / f"old_{SAFETENSORS_WEIGHTS_NAME}"
+    try:
+        if weights.exists() and _settings(fresh / CONFIG_NAME) != _settings(config):
+            if config.exists():
+                shutil.copy(config, old_config)
+            os.replace(weights, old_weights)
+            _flush(folder)
+        for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, _CARD):
+            if (fresh / name).exists():
+                os.replace(fresh / name, folder / name)
         _flush(folder)
-    for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, _CARD):
-        if (fresh / name).exists():
-            os.replace(fresh / name, folder / name)
-    _flush(folder)
+    except BaseException:  # KeyboardInterrupt too
+        if old_weights.exists() and not weights.exists():
+            if old_config.exists():
+                os.replace(old_config, config)
+            os.replace(old_weights, weights)
+        raise
 
 
 def _settings(path: Path) -> dict[str, Any] | None:
