@@ -1,4 +1,4 @@
-"""A saved SNELL adapter as its layers' updates, without the base model; every fault is one sentence."""
+"""A saved SNELL adapter as its layers' updates, without the base model. What is wrong with it is one sentence."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from snell import functional
+from snell.functional import WEIGHT_DTYPES
 from snell.peft import SnellConfig
-from snell.precision import full
 from snell.spec import Spec
 from snell.update import Update
 
@@ -36,11 +36,10 @@ class Adapter:
     keys: dict[str, dict[str, str]]
 
     def updates(self) -> Iterator[tuple[str, Update]]:
-        """Each layer's name and update, read and selected for when its turn comes."""
+        """Each layer's name and update. A layer is read, and its threshold selected, when its turn comes."""
         with _weights(self.folder) as file:
             for layer, keys in self.keys.items():
-                tensors = {name: full(file.get_tensor(key)).contiguous() for name, key in keys.items()}
-                yield layer, self._update(layer, tensors)
+                yield layer, self._update(layer, {name: file.get_tensor(key) for name, key in keys.items()})
 
     def others(self) -> list[Path]:
         """Folders of further adapters inside this one's."""
@@ -52,6 +51,7 @@ class Adapter:
         for name in needed:
             if name not in tensors:
                 raise click.ClickException(f"{self.folder} lacks snell_{name} of {layer}: the adapter is incomplete")
+        tensors = _as_loaded(layer, tensors)
         A, B = tensors["A"], tensors["B"]
         theta = tensors.get("theta", torch.tensor(spec.initial_theta(scale), dtype=A.dtype))
         for name, tensor in tensors.items():
@@ -66,6 +66,17 @@ class Adapter:
 def _fit(A: Tensor, B: Tensor, theta: Tensor, spec: Spec) -> bool:
     factors = all(factor.dim() == 2 and factor.shape[0] and factor.shape[1] == spec.rank for factor in (A, B))
     return factors and theta.shape == (spec.num_theta,)
+
+
+def _as_loaded(layer: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """In the dtype that a model holds them in: float32, or float64 where all were saved so."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in WEIGHT_DTYPES:
+            found, *known = (str(dtype).removeprefix("torch.") for dtype in (tensor.dtype, *WEIGHT_DTYPES))
+            raise click.ClickException(f"snell_{name} of {layer} is {found}; an adapter is {', '.join(known)}")
+    doubles = all(tensor.dtype == torch.float64 for tensor in tensors.values())
+    dtype = torch.float64 if doubles else torch.float32
+    return {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
 
 
 def _weights(folder: Path) -> safe_open:

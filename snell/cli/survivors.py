@@ -12,7 +12,7 @@ from snell.functional import dense
 from snell.merging import row_blocks
 from snell.update import Update
 
-#: Bins of the grid along each side of the matrix, where it is that long.
+#: The most bins of the grid along a side of the matrix.
 BINS = 64
 
 
@@ -37,15 +37,14 @@ class Spread:
 
 
 def _bins(size: int) -> Tensor:
-    """The bin of each row or column: at most :data:`BINS`, of sizes that differ by one at most."""
-    bins = min(size, BINS)
-    return torch.arange(size) * bins // size
+    """The bin of each row or column. Bins have one size, but for the last: unequal ones would draw stripes."""
+    return torch.arange(size) // -(-size // BINS)
 
 
 @torch.no_grad()
 def spread(update: Update) -> Spread:
-    """Count; what is held is a block of rows and the counts."""
-    m, n = update.B.shape[0], update.A.shape[0]
+    """Count the survivors; at any time one block of rows and the counts are held."""
+    m, n = update.shape
     rows, columns = _bins(m), _bins(n)
     by_row, by_column = torch.zeros(m, dtype=torch.int64), torch.zeros(n, dtype=torch.int64)
     grid = torch.zeros(int(rows[-1]) + 1, int(columns[-1]) + 1, dtype=torch.int64)
@@ -61,8 +60,8 @@ def spread(update: Update) -> Spread:
     return Spread(by_row, by_column, grid / area, math.sqrt(squares))
 
 
-def held_by_fullest_tenth(counts: Tensor) -> float:
-    """The share of all survivors that the tenth of the rows (or columns) with most of them hold; 0.1 were even."""
+def share_in_densest_tenth(counts: Tensor) -> float:
+    """The share of all survivors in the tenth of the rows (or columns) that has most of them; 0.1 would be uniform."""
     most, tenth = counts.sort(descending=True).values.double(), len(counts) / 10
     whole = int(tenth)
     held = most[:whole].sum() + (tenth - whole) * most[whole]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 
 sys.path.append(str(Path(__file__).parents[1] / "peft"))
@@ -17,8 +18,10 @@ from small_models import adapted, batch, build, config, train
 
 from snell import blocks
 from snell.cli import main
+from snell.cli.adapter import read
 from snell.cli.inspect_picture import draw
-from snell.cli.survivors import BINS, held_by_fullest_tenth, spread
+from snell.cli.rows import measure
+from snell.cli.survivors import BINS, share_in_densest_tenth, spread
 from snell.functional import dense
 from snell.merging import row_blocks
 from snell.peft import AdaptedLinear
@@ -75,7 +78,11 @@ def test_figures_are_those_of_the_dense_matrices(tmp_path, name, settings):
         assert row["norm"] == pytest.approx(delta.double().norm().item(), rel=1e-12)
         assert row["base_norm"] == pytest.approx(weight.double().norm().item(), rel=1e-12)
         assert row["ratio"] == pytest.approx(row["norm"] / row["base_norm"])
-        assert layer_name in done.output
+        assert row["exceeds_base"] == (row["norm"] > row["base_norm"])
+        assert row["untouched_rows"] == (delta == 0).all(1).double().mean()
+        assert row["untouched_columns"] == (delta == 0).all(0).double().mean()
+        line = next(line for line in done.output.splitlines() if line.startswith(f"{layer_name} "))
+        assert (" ! " in line) == row["exceeds_base"]
     assert (out / "inspect.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -92,18 +99,64 @@ def test_counts_and_grid_are_those_of_the_dense_matrix_block_by_block(monkeypatc
     assert found.by_row.equal(survives.sum(1))
     assert found.by_column.equal(survives.sum(0))
     assert found.norm == pytest.approx(delta.double().norm().item())
-    assert found.grid.shape == (BINS, BINS)
-    rows, columns = (torch.arange(size) * BINS // size for size in (m, n))
-    for i, j in ((0, 0), (31, 7), (BINS - 1, BINS - 1)):
+    # Bins of 5 rows and 3 columns; the last column's holds one.
+    assert BINS == 64
+    assert found.grid.shape == (60, 44)
+    rows, columns = torch.arange(m) // 5, torch.arange(n) // 3
+    for i, j in ((0, 0), (31, 7), (59, 43)):
         cell = survives[rows == i][:, columns == j]
         assert found.grid[i, j] == cell.float().mean()
 
 
-def test_the_fullest_tenth():
-    assert held_by_fullest_tenth(torch.ones(25)) == pytest.approx(0.1)
-    assert held_by_fullest_tenth(torch.tensor([0, 90, 0, 10] + [0] * 6)) == pytest.approx(0.9)
-    assert held_by_fullest_tenth(torch.tensor([8, 4] + [0] * 13)) == pytest.approx(10 / 12)
-    assert held_by_fullest_tenth(torch.zeros(7)) == 0
+def test_the_densest_tenth():
+    assert share_in_densest_tenth(torch.ones(25)) == pytest.approx(0.1)
+    assert share_in_densest_tenth(torch.tensor([0, 90, 0, 10] + [0] * 6)) == pytest.approx(0.9)
+    assert share_in_densest_tenth(torch.tensor([8, 4] + [0] * 13)) == pytest.approx(10 / 12)
+    assert share_in_densest_tenth(torch.zeros(7)) == 0
+
+
+def test_an_update_larger_than_the_weight_is_marked_and_said(tmp_path):
+    model, _ = adapted("bert", sparsity=0.5)
+    layers = layers_of(model)
+    large = [name for name in layers if name.endswith("0.output.dense")]
+    assert len(large) == 1
+    for name, layer in layers.items():
+        weight, delta = layer.base_layer.weight, dense(layer._update("default")).detach()
+        share = 1.01 if name in large else 0.99  # on either side of the threshold
+        with torch.no_grad():
+            weight.mul_(delta.norm() / weight.norm() / share)
+    model.save_pretrained(tmp_path / "adapter")
+    model.base_model.unload().save_pretrained(tmp_path / "base")
+    done, out = inspect(tmp_path / "adapter", "--base", str(tmp_path / "base"))
+    assert done.exit_code == 0, done.output
+    rows = json.loads((out / "inspect.json").read_text())["layers"]
+    assert [row["name"] for row in rows if row["exceeds_base"]] == large
+    assert [line.split()[0] for line in done.output.splitlines() if " ! " in line] == large
+    assert f"note: |dW| > |W0| in 1 of {len(layers)} layers (marked !), most in {large[0]}" in done.output
+    done, out = inspect(tmp_path / "adapter")
+    assert "note" not in done.output
+    assert "!" not in done.output
+    assert {row["exceeds_base"] for row in json.loads((out / "inspect.json").read_text())["layers"]} == {None}
+
+
+@pytest.mark.parametrize("dtypes", [("float16", "float32"), ("float64", "float32"), ("float64", "float64")])
+def test_an_adapter_of_any_float_dtype_is_read_as_a_model_loads_it(tmp_path, adapter, dtypes):
+    shutil.copytree(adapter, tmp_path / "adapter")
+    of_factor = dict(zip("AB", dtypes, strict=True))
+    edit_weights(
+        tmp_path / "adapter",
+        lambda tensors: {
+            key: tensor.to(getattr(torch, of_factor["A" if "snell_A" in key else "B"]))
+            for key, tensor in tensors.items()
+        },
+    )
+    held = torch.float64 if set(dtypes) == {"float64"} else torch.float32
+    saved_tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    for name, update in read(tmp_path / "adapter").updates():
+        for factor in "AB":
+            [saved_one] = [t for key, t in saved_tensors.items() if f"{name}.snell_{factor}" in key]
+            assert getattr(update, factor).equal(saved_one.to(held))
+            assert update.tau.dtype == held
 
 
 def test_an_adapter_in_a_subfolder_is_found_and_several_are_listed(tmp_path):
@@ -145,6 +198,11 @@ def with_nan(tensors):
     return tensors
 
 
+def with_integers(tensors):
+    key = next(key for key in tensors if "snell_B" in key)
+    return {**tensors, key: torch.zeros(tensors[key].shape, dtype=torch.int8)}
+
+
 FAULTS = {
     "no configuration": (lambda f: (f / "adapter_config.json").unlink(), "holds no adapter_config.json"),
     "not JSON": (lambda f: (f / "adapter_config.json").write_text("{"), "adapter_config.json cannot be read"),
@@ -159,6 +217,10 @@ FAULTS = {
         "adapter_model.safetensors cannot be read",
     ),
     "one factor missing": (lambda f: edit_weights(f, lambda t: without_one(t, "snell_B")), "lacks snell_B of"),
+    "integers": (
+        lambda f: edit_weights(f, with_integers),
+        "is int8; an adapter is float32, bfloat16, float16, float64",
+    ),
     "not a number": (lambda f: edit_weights(f, with_nan), "holds NaN or infinite values"),
 }
 
@@ -216,12 +278,33 @@ def test_a_folder_that_does_not_exist_is_a_usage_error(tmp_path):
     assert "does not exist" in done.output.splitlines()[-1]
 
 
-@pytest.mark.parametrize("count", [1, 5, 30])
-def test_any_number_of_layers_is_drawn(tmp_path, count):
-    from snell.cli.inspect import measure
-
+@pytest.mark.parametrize(
+    "names", [["proj"], [f"layers.{i}" for i in range(5)], [f"l.{i}.{j}" for i in range(30) for j in "ab"]]
+)
+def test_any_number_of_layers_is_drawn(tmp_path, names):
     A, B = torch.randn(20, 4), torch.randn(70, 4)
     update = Update(A, B, torch.tensor([0.1, -0.1]), torch.tensor(0.1), Spec(4, 0.5))
-    measured = [measure(f"model.layers.{i}.proj", update, None) for i in range(count)]
-    draw(tmp_path / "picture.png", [row for row, _ in measured], [grid for _, grid in measured])
+    measured = [measure(name, update, None) for name in names]
+    draw(tmp_path / "picture.png", "title", [row for row, _ in measured], [grid for _, grid in measured])
     assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_the_picture_says_what_it_shows(tmp_path, adapter, monkeypatch):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **options: figures.append(figure))
+    shutil.copytree(adapter, tmp_path / "adapter")
+    done, _ = inspect(tmp_path / "adapter")
+    assert done.exit_code == 0, done.output
+    [figure] = figures
+    said = next(line for line in done.output.splitlines() if line.endswith("%)."))
+    assert figure.get_suptitle().startswith(f"{tmp_path / 'adapter'}: {said.removesuffix('.')}")
+    panels = figure.subfigs[1].axes
+    assert [axes.get_title(loc="left") for axes in panels] == [
+        "survivors in the densest tenth of the rows or columns, %",
+        "rows and columns without a survivor, %",
+        "Frobenius norm of dW",
+    ]
+    rows = json.loads((tmp_path / "out" / "inspect.json").read_text())["layers"]
+    drawn = {line.get_label(): line.get_ydata() for line in panels[0].lines}
+    assert drawn["rows"] == pytest.approx([100 * row["densest_tenth_of_rows"] for row in rows])
+    assert drawn["columns"] == pytest.approx([100 * row["densest_tenth_of_columns"] for row in rows])
