@@ -14,8 +14,11 @@ from torch import Tensor
 
 from snell.cli.rows import Row
 
-#: Layers whose matrices are shown; layers that still fit an axis by name; blocks of layers that fit one by number.
-MAPS, NAMED, NUMBERED = 8, 12, 24
+#: Layers whose matrices are shown, and how many in a line.
+MAPS, ACROSS = 8, 4
+
+#: Layers that fit an axis by name, and blocks of layers that fit one by number.
+NAMED, NUMBERED = 12, 24
 
 BLUE, ORANGE, RED, GREY = "#2f6db3", "#e08a3c", "#c62f3b", "#6b7280"
 
@@ -56,8 +59,8 @@ def _map(axes: Axes, row: Row, grid: Tensor, top: float):
     return image
 
 
-def _maps(figure, rows: Sequence[Row], grids: Sequence[Tensor], chosen: Sequence[int], across: int) -> None:
-    axes = figure.subplots(-(-len(chosen) // across), across, squeeze=False).flatten()
+def _maps(figure, rows: Sequence[Row], grids: Sequence[Tensor], chosen: Sequence[int]) -> None:
+    axes = figure.subplots(-(-len(chosen) // ACROSS), ACROSS, squeeze=False).flatten()
     # One scale for all, so that maps compare. A few dense bins may lie above it.
     shares = sorted(share for i in chosen for share in grids[i].flatten().tolist())
     top = 100 * max(shares[int(0.995 * (len(shares) - 1))], 1e-9)
@@ -131,12 +134,11 @@ def draw(path: Path, title: str, rows: Sequence[Row], grids: Sequence[Tensor]) -
         rows, grids: each layer's figures, and its shares of survivors over a grid.
     """
     chosen = _chosen(len(rows))
-    across = min(4, len(chosen))
-    height = 2.5 * -(-len(chosen) // across) + 0.3
+    height = 2.5 * -(-len(chosen) // ACROSS) + 0.3
     figure = Figure(figsize=(13, height + 4.0), layout="constrained")
     figure.suptitle(title, fontsize=12, x=0.012, ha="left", linespacing=1.5)
     above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=(height, 3.4), hspace=0.03)[:, 0]
-    _maps(above, rows, grids, chosen, across)
+    _maps(above, rows, grids, chosen)
 
     left, middle, right = below.subplots(1, 3)
     densest: Figures = {
