@@ -11,82 +11,11 @@ Writes inspect.png (where survivors lie in the matrices, and how layers compare)
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import click
 
 from snell.bench.record import out_option
-from snell.cli.adapter import Adapter, read
-from snell.cli.base_weights import BaseWeights
-from snell.cli.inspect_picture import draw
-from snell.cli.rows import Row, measure
-
-
-def _ratio(row: Row) -> str:
-    text = "-" if row.ratio is None else f"{100 * row.ratio:.3g} %"
-    return f"{text} {'!' if row.exceeds_base else ' '}"
-
-
-_COLUMNS = {
-    "layer": lambda r: r.name,
-    "out x in": lambda r: f"{r.out_features} x {r.in_features}",
-    "rank": lambda r: str(r.rank),
-    "zeros asked": lambda r: f"{100 * r.sparsity_asked:.3g} %",
-    "counted": lambda r: f"{100 * r.sparsity_counted:.4f} %",
-    "survivors": lambda r: f"{r.survivors:,}",
-    "tau": lambda r: f"{r.tau:.3g}",
-    "|dW|": lambda r: f"{r.norm:.3g}",
-    "|W0|": lambda r: "-" if r.base_norm is None else f"{r.base_norm:.3g}",
-    "|dW|/|W0|  ": _ratio,
-    "densest tenth: rows, columns": lambda r: (
-        f"{100 * r.densest_tenth_of_rows:.0f} %, {100 * r.densest_tenth_of_columns:.0f} %"
-    ),
-}
-
-
-def table(rows: Sequence[Row], with_base: bool) -> str:
-    """The figures in columns, names to the left and numbers to the right."""
-    columns = {name: cell for name, cell in _COLUMNS.items() if with_base or "W0" not in name}
-    lines = [list(columns), *([cell(row) for cell in columns.values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    texts = []
-    for first, *rest in lines:
-        numbers = (text.rjust(width) for text, width in zip(rest, widths[1:], strict=True))
-        texts.append("  ".join([first.ljust(widths[0]), *numbers]))
-    return "\n".join(texts)
-
-
-def _settings(adapter: Adapter) -> dict[str, object]:
-    config = adapter.config
-    names = ("r", "sparsity", "kernel", "groups", "gate", "scale")
-    return {name: getattr(config, name) for name in names} | {"base": config.base_model_name_or_path}
-
-
-def _total(rows: Sequence[Row]) -> str:
-    total, entries = sum(row.survivors for row in rows), sum(row.out_features * row.in_features for row in rows)
-    layers = f"{len(rows)} layer{'s' if len(rows) > 1 else ''}"
-    return f"{total:,} of {entries:,} entries in {layers} survive ({100 * total / entries:.4g} %)"
-
-
-def notes(rows: Sequence[Row], adapter: Adapter, base: str | None) -> list[str]:
-    """Sentences on what a user may not expect of the adapter or the base."""
-    found = []
-    if excess := [row for row in rows if row.exceeds_base]:
-        largest = max(excess, key=lambda row: row.ratio or float("inf"))
-        found.append(
-            f"note: |dW| > |W0| in {len(excess)} of {len(rows)} layers (marked !), most in {largest.name}: there the "
-            "update outweighs the weight that it tunes. A smaller scale or learning rate keeps it smaller."
-        )
-    missing = [row.name for row in rows if base is not None and row.base_norm is None]
-    if missing:
-        found.append(f"{base} holds no float weight for {len(missing)} of the layers, such as {missing[0]}.")
-    if others := adapter.others():
-        found.append(f"Further adapters lie in {', '.join(map(str, others))}.")
-    return found
 
 
 @click.command(help=__doc__)
@@ -94,30 +23,8 @@ def notes(rows: Sequence[Row], adapter: Adapter, base: str | None) -> list[str]:
 @click.option("--base", metavar="NAME", help="Folder of the base model's checkpoint, or its name in the local cache.")
 @out_option
 def main(adapter_dir: Path, base: str | None, out: Path) -> None:
-    adapter = read(adapter_dir)
-    weights = BaseWeights(base) if base else None
-    rows, grids = [], []
-    with click.progressbar(adapter.updates(), len(adapter.keys), "measuring", file=sys.stderr) as updates:
-        for name, update in updates:
-            row, grid = measure(name, update, weights)
-            rows.append(row)
-            grids.append(grid)
-    if weights is not None and all(row.base_norm is None for row in rows):
-        raise click.ClickException(f"{base} holds no float weight for any layer of the adapter, such as {rows[0].name}")
-    settings = _settings(adapter)
-    made_of = ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None)
-    click.echo(f"{adapter.folder}: {made_of}\n")
-    click.echo(table(rows, weights is not None))
-    click.echo(f"\n{_total(rows)}.")
-    for note in notes(rows, adapter, base):
-        click.echo(note)
-    out.mkdir(parents=True, exist_ok=True)
-    draw(out / "inspect.png", f"{adapter.folder}: {_total(rows)}\n{made_of}", rows, grids)
-    document = {
-        "adapter": str(adapter_dir),
-        "base": base,
-        "settings": settings,
-        "layers": [asdict(row) for row in rows],
-    }
-    (out / "inspect.json").write_text(json.dumps(document, indent=1) + "\n")
-    click.echo(f"written: {out / 'inspect.png'}, {out / 'inspect.json'}")
+    from snell.cli.inspect_report import (
+        report,
+    )  # transformers and matplotlib take seconds, which help need not wait for
+
+    report(adapter_dir, base, out)

@@ -1,4 +1,4 @@
-"""A group whose commands are imported when they run, so that help is quick and an extra is asked for by its user."""
+"""A group whose commands are imported when they are called: help is quick, and only their users need the extras."""
 
 from __future__ import annotations
 
@@ -26,27 +26,33 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self.modules:
             return super().get_command(ctx, cmd_name)
-        module = self.modules[cmd_name]
         try:
-            command: click.Command = importlib.import_module(module).main
+            command: click.Command = importlib.import_module(self.modules[cmd_name]).main
         except ImportError as error:
-            missing = _missing(error)
-            if missing is None:
-                raise
-            extra = "bench" if module.startswith("snell.bench") else "cli"
-            raise click.ClickException(
-                f"{ctx.command_path} {cmd_name} needs {missing}, which is not installed: pip install 'snell[{extra}]'"
-            ) from error
+            self._ask_for_extra(error, ctx, cmd_name)
+            raise
         return command
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except ImportError as error:  # a command imports slow packages only when it runs
+            self._ask_for_extra(error, ctx, ctx.invoked_subcommand or "")
+            raise
         except OSError as error:
             if error.filename is None:
                 raise
-            # A folder that cannot be written, a full disk: no fault of the program's.
+            # A folder that cannot be written or a full disk is not a fault of the program.
             raise click.ClickException(f"{error.filename}: {error.strerror}") from error
+
+    def _ask_for_extra(self, error: ImportError, ctx: click.Context, command: str) -> None:
+        """Raise a sentence that says which extra to install, where a package is missing."""
+        missing = _missing(error)
+        if missing is not None:
+            extra = "bench" if self.modules.get(command, "").startswith("snell.bench") else "cli"
+            raise click.ClickException(
+                f"{ctx.command_path} {command} needs {missing}, which is not installed: pip install 'snell[{extra}]'"
+            ) from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         sections = {

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 from processes import run, without
 
-from snell.cli import BENCHMARKS, COMMANDS, main
+from snell.cli import BENCHMARKS, COMMANDS, bench, main
 
 
 def invoke(*arguments: str):
@@ -69,6 +69,20 @@ def test_a_missing_extra_is_asked_for_by_name(hidden, arguments, sentence):
     assert (done.returncode, done.stderr.strip()) == (1, f"Error: {sentence}")
 
 
+SLOW = ("transformers", "peft", "matplotlib", "sklearn")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["bench", "--help"], ["doctor", "--help"], ["inspect", "--help"]])
+def test_help_imports_no_slow_package(arguments):
+    code = (
+        "import sys; from click.testing import CliRunner; from snell.cli import main; "
+        f"assert CliRunner().invoke(main, {arguments!r}).exit_code == 0; "
+        f"print([name for name in {SLOW!r} if name in sys.modules])"
+    )
+    done = run([sys.executable, "-c", code])
+    assert (done.stdout.strip(), done.returncode) == ("[]", 0), done.stderr
+
+
 def test_a_folder_that_cannot_be_written_is_named(monkeypatch):
     def write() -> None:
         Path("/proc/no/such").mkdir(parents=True)
@@ -79,8 +93,17 @@ def test_a_folder_that_cannot_be_written_is_named(monkeypatch):
     assert done.output.startswith("Error: /proc/no")
 
 
-def test_a_fault_of_the_programs_own_is_not_hidden(monkeypatch):
-    monkeypatch.setitem(COMMANDS["Commands"], "broken", ("snell.no_such_module", "Nothing."))
-    monkeypatch.setitem(main.modules, "broken", "snell.no_such_module")
+@pytest.mark.parametrize("group, path", [(main, []), (bench, ["bench"])])
+def test_a_fault_of_the_programs_own_is_not_hidden(monkeypatch, group, path):
+    monkeypatch.setitem(next(iter(group.sections.values())), "broken", ("snell.no_such_module", "Nothing."))
+    monkeypatch.setitem(group.modules, "broken", "snell.no_such_module")
     with pytest.raises(ModuleNotFoundError, match="no_such_module"):
-        CliRunner().invoke(main, ["broken"], catch_exceptions=False)
+        CliRunner().invoke(main, [*path, "broken"], catch_exceptions=False)
+
+
+def test_a_package_that_is_missed_when_the_command_runs_is_named():
+    # "--help" imports none of them, so that only the run can miss it.
+    assert without("matplotlib", "inspect", "--help").returncode == 0
+    done = without("matplotlib", "inspect", ".")
+    sentence = "snell inspect needs matplotlib, which is not installed: pip install 'snell[cli]'"
+    assert (done.returncode, done.stderr.strip()) == (1, f"Error: {sentence}")
