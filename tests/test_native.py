@@ -8,15 +8,17 @@ import pytest
 import torch
 
 from snell import native
-from snell.spec import GATES, KERNEL_FUNCTIONS
+from snell.kernel_functions import KERNEL_FUNCTIONS
+from snell.spec import GATES, Spec
 
 SKIP = pytest.mark.skipif(not native.available(), reason="the native library was not built")
 
 CHECK = """
 import torch
-from snell import functional, native
-from snell.error_bounds import Update, assert_within
-from snell.spec import Spec, num_zeroed
+from snell import backends, functional, native
+from snell.spec import Spec
+from snell.testing.bounds import Expected, assert_within
+from snell.update import Gradients
 
 torch.manual_seed({seed})
 assert native.instruction_set() == "{isa}", native.instruction_set()
@@ -25,24 +27,21 @@ for dtype in (torch.float64, torch.float32):
     for kernel in ("piecewise_linear", "linear", "sigmoid", "rbf"):
         # Small factors: rbf and sigmoid would saturate, and tie, in float32.
         A, B = 0.3 * torch.randn(n, rank, dtype=dtype), 0.3 * torch.randn(m, rank, dtype=dtype)
-        theta = torch.tensor(Spec(rank, 0.8, kernel, groups).initial_theta(0.3), dtype=dtype)
-        settings = dict(kernel=kernel, groups=groups)
-        tau = functional.select_threshold(A, B, theta, sparsity=0.8, **settings)
-        K = functional.merge(A, B, theta, tau, gate="none", **settings)
-        assert tau == K.abs().flatten().sort().values[num_zeroed(0.8, m * n) - 1]
-        delta = functional.merge(A, B, theta, tau, gate="soft", **settings)
-        assert (delta != 0).equal(K.abs() > tau)
-        update = Update(A, B, theta, kernel, groups, "soft", tau)
-        assert_within(delta, *update.merged(None, dtype), kernel)
-        G = torch.randn(m, n, dtype=dtype)
-        grads = [torch.zeros_like(t) for t in (A, B, theta)]
-        torch.ops.snell.factor_grad(G, A, B, theta, tau, None, None, *grads, kernel, groups, "soft")
-        for grad, (name, pair) in zip(grads, update.gradients(G).items()):
+        spec = Spec(rank, 0.8, kernel, groups)
+        update = functional.update(A, B, torch.tensor(spec.initial_theta(0.3), dtype=dtype), spec)
+        K = functional.dense(update._replace(spec=Spec(rank, 0.0, kernel, groups).applied))
+        assert update.tau == K.abs().flatten().sort().values[spec.num_zeroed(m * n) - 1]
+        delta, expected = functional.dense(update), Expected(update)
+        assert (delta != 0).equal(K.abs() > update.tau)
+        assert_within(delta, *expected.merged(None, dtype), kernel)
+        G, grads = torch.randn(m, n, dtype=dtype), Gradients.zeros(update)
+        backends.of(A).factor_grad(G, update, grads)
+        for grad, (name, pair) in zip(grads, expected.gradients(G).items()):
             assert_within(grad, *pair, f"{{kernel}} {{name}}")
         for half in (torch.bfloat16, torch.float16):
             if dtype == torch.float32:
                 weight = torch.randn(m, n).to(half)
-                merged = functional.merge(A, B, theta, tau, weight=weight, gate="soft", **settings)
+                merged = functional.dense(update, weight=weight)
                 assert torch.equal(merged, (weight.float() + delta).to(half)), half
 print("agrees")
 """
@@ -134,7 +133,7 @@ def test_ties_and_a_missed_bracket_are_settled_by_the_radix_passes() -> None:
     B[:400] = 3.0
     theta = torch.tensor([1.0])
     for k, row in ((399_999, 999), (600_000, 999), (600_001, 0), (1_000_000, 0)):
-        tau = native.select(A, B, theta, k, "piecewise_linear", 1)
+        tau = native.select(A, B, theta, Spec(2, 0.5, groups=1), k)
         assert tau == torch.linalg.vector_norm(B[row]).item(), k
 
 
@@ -145,13 +144,14 @@ def test_more_than_all_entries_gives_the_largest() -> None:
     for dtype in (torch.float32, torch.float64):
         factors = A.to(dtype), B.to(dtype), torch.tensor([1.0], dtype=dtype)
         for excess in (1, 1000, 2**40):
-            tau = native.select(*factors, 70 * 90 + excess, "piecewise_linear", 1)
-            assert tau == native.select(*factors, 70 * 90, "piecewise_linear", 1)
+            tau = native.select(*factors, Spec(4, 0.5, groups=1), 70 * 90 + excess)
+            assert tau == native.select(*factors, Spec(4, 0.5, groups=1), 70 * 90)
 
 
 HOGWILD = """
 import threading, torch
 from snell import native
+from snell.spec import Spec
 
 A, B, theta = torch.zeros(400, 2), torch.ones(400, 2), torch.ones(1)
 done = threading.Event()
@@ -162,7 +162,7 @@ def write():
         B.fill_(value)
 threading.Thread(target=write).start()
 try:
-    taus = torch.stack([native.select(A, B, theta, 144_000, "piecewise_linear", 1) for _ in range(100)])
+    taus = torch.stack([native.select(A, B, theta, Spec(2, 0.5, groups=1), 144_000) for _ in range(100)])
 finally:
     done.set()
 smallest, largest = (torch.linalg.vector_norm(torch.full((2,), value)) for value in (1.0, 3.0))
