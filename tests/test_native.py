@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 from snell import native
 from snell.kernel_functions import KERNEL_FUNCTIONS
 from snell.spec import GATES, Spec
+from snell.testing.bounds import Expected, assert_within
+from snell.update import Gradients, Update
 
 SKIP = pytest.mark.skipif(not native.available(), reason="the native library was not built")
 
@@ -176,3 +179,37 @@ print("bounded")
 def test_factors_that_change_meanwhile_leave_tau_among_the_magnitudes() -> None:
     done = _run(HOGWILD)
     assert done.stdout.strip() == "bounded", done.stderr
+
+
+@pytest.fixture
+def restored_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@SKIP
+@pytest.mark.usefixtures("restored_threads")
+@pytest.mark.parametrize("threads", [2, 3])
+@pytest.mark.parametrize("rank", [10, 32])  # padded to whole vectors on every instruction set, and on none
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kernel", list(KERNEL_FUNCTIONS))
+def test_threads_share_out_the_gradients_without_a_loss(kernel: str, dtype, rank: int, threads: int) -> None:
+    m, n = 257, 391
+    assert m * n * rank >> 18 >= threads, "so small a layer is left to fewer threads (Operand::threads)"
+    A, B = 0.3 * torch.randn(n, rank, dtype=dtype), 0.3 * torch.randn(m, rank, dtype=dtype)
+    spec = Spec(rank, 0.9, kernel, 2)
+    theta = torch.tensor(spec.initial_theta(0.3), dtype=dtype)
+    update = Update(A, B, theta, native.select(A, B, theta, spec, spec.num_zeroed(m * n)), spec)
+    G = torch.randn(m, n, dtype=dtype)
+
+    def gradients(threads: int) -> Gradients:
+        torch.set_num_threads(threads)
+        grads = Gradients.zeros(update)
+        native.factor_grad(update, grads, G, None, None)
+        return grads
+
+    shared, alone = gradients(threads), gradients(1)
+    assert not shared.A.equal(alone.A), "dA was summed in the order of one thread"
+    for grad, (name, pair) in zip(shared, Expected(update).gradients(G).items(), strict=True):
+        assert_within(grad, *pair, name)
