@@ -50,7 +50,8 @@ def draw_visible(A: Tensor, B: Tensor, theta: Tensor, spec: Spec, scale: float) 
     """Fill the factors with normal numbers, halved until no \\|K\\| of a sample exceeds 1/2: an update that shows."""
     draw(A, B, theta, spec, scale)
     for factor in (A, B):
-        nn.init.normal_(factor)
+        # exp(-distance^2) is 0 between factors of many columns: then all entries of K are alike.
+        nn.init.normal_(factor, std=spec.rank**-0.5 if spec.kernel == "rbf" else 1.0)
     while not A.is_meta and _sampled(A, B, theta, spec).abs().max() > 0.5:
         A.div_(2)
         B.div_(2)

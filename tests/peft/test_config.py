@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from peft import PeftConfig
 
 from snell.peft import SnellConfig
@@ -20,14 +21,19 @@ from snell.peft import SnellConfig
         ({"kernel": "gaussian"}, ValueError, "kernel"),
         ({"groups": 0}, ValueError, "groups"),
         ({"gate": "none at all"}, ValueError, "gate"),
+        ({"r": 10**9}, ValueError, "r must be an int from 1 to 65536"),
         ({"scale": "big"}, TypeError, "scale"),
+        ({"scale": 1e308}, ValueError, "scale must be finite in float32"),
+        ({"scale": float("nan")}, ValueError, "scale must be finite"),
         ({"dropout": 1.0}, ValueError, "dropout"),
         ({"dropout": -0.1}, ValueError, "dropout"),
         ({"train_theta": "yes"}, ValueError, "train_theta"),
         ({"init_weights": "lora"}, ValueError, "init_weights"),
         ({"bias": "lora_only"}, ValueError, "bias"),
         ({"rank_pattern": {"q": 3}}, ValueError, "multiple of groups"),
+        ({"rank_pattern": "x"}, TypeError, "rank_pattern must be a dict"),
         ({"sparsity_pattern": {"q": 2.0}}, ValueError, "sparsity"),
+        ({"sparsity_pattern": [0.5]}, TypeError, "sparsity_pattern must be a dict"),
         ({"target_modules": "q", "layers_to_transform": [0]}, ValueError, "layers_to_transform"),
         ({"layers_pattern": "h"}, ValueError, "layers_pattern"),
     ],
@@ -70,3 +76,7 @@ def test_a_config_settles_the_scale_that_it_does_not_get():
     assert SnellConfig(sparsity=0.0).scale == 0.1
     assert SnellConfig(scale=0.7).scale == 0.7
     assert SnellConfig().to_dict()["scale"] == 3.0
+
+
+def test_the_largest_scale_gives_finite_scalars():
+    assert torch.tensor(SnellConfig(scale=3.4028234e38).spec(2, 0.5).initial_theta(3.4028234e38)).isfinite().all()

@@ -288,6 +288,47 @@ def test_safe_merge_refuses_a_broken_adapter_and_leaves_the_weight_alone():
     assert not layer.merged
 
 
+def test_safe_merge_looks_at_the_sum_not_at_the_update():
+    layer = adapt(linear()).half()
+    update = layer.get_delta_weight("default").detach().half()
+    row, column = divmod(int(update.argmax()), N)
+    # Finite, as dW is; their sum is not in float16, whose largest number it is.
+    with torch.no_grad():
+        layer.base_layer.weight[row, column] = 65504
+        for factor in (layer.snell_A, layer.snell_B):
+            factor["default"].weight.mul_(30)
+    assert update.max() > 0
+    assert layer.get_delta_weight("default").half().isfinite().all()
+    before = layer.base_layer.weight.detach().clone()
+    with pytest.raises(ValueError, match="NaNs detected in the merged weights"):
+        layer.merge(safe_merge=True)
+    assert torch.equal(layer.base_layer.weight, before)
+    assert not layer.merged
+    layer.merge()
+    assert not layer.base_layer.weight.isfinite().all()
+
+
+@pytest.mark.parametrize("base", [linear, conv1d], ids=lambda f: f.__name__)
+def test_autocast_leaves_float64_alone_as_it_does_for_a_linear(base):
+    layer = adapt(base().double())
+    x = torch.randn(6, N, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.float64
+    assert torch.equal(y, layer(x))
+
+
+@pytest.mark.parametrize("base", [linear, conv1d], ids=lambda f: f.__name__)
+def test_the_gradient_of_a_bias_is_summed_in_the_biass_dtype(base):
+    layer = adapt(base())
+    bias = layer.base_layer.bias.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(torch.randn(257, N))
+    y.sum().backward()
+    # 257 is no bfloat16 number: the sum would be 256.
+    assert torch.equal(bias.grad, torch.full((M,), 257.0))
+
+
 def test_an_opaque_base_says_why_it_does_not_merge():
     layer = adapt(opaque())
     with pytest.raises(TypeError, match="Opaque"):

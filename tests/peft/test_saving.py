@@ -73,6 +73,14 @@ def test_what_else_lies_in_the_folder_stays_and_so_do_edits_of_the_model_card(tm
     assert "Trained on my data." in (tmp_path / "README.md").read_text()
 
 
+@pytest.mark.parametrize("save", [save_adapter, lambda model, folder: model.save_pretrained(folder)])
+def test_the_model_card_says_once_which_import_the_adapter_needs(save, tmp_path):
+    model, _ = adapted("llama")
+    for _ in range(2):
+        save(model, tmp_path)
+    assert (tmp_path / "README.md").read_text().count("import snell.peft") == 1
+
+
 def test_an_adapter_of_other_settings_takes_the_place_of_the_old_one(tmp_path):
     save_adapter(adapted("llama", gate="hard")[0], tmp_path)
     model, untouched = adapted("llama", r=8, gate="soft")

@@ -9,6 +9,7 @@ from peft.config import PeftConfig
 from peft.utils.other import get_pattern_key
 
 from snell.kernel_functions import KERNEL_FUNCTIONS
+from snell.peft.common.card import add_import
 from snell.peft.common.kind import kind
 from snell.spec import Spec
 
@@ -16,6 +17,9 @@ __all__ = ["SnellConfig"]
 
 INIT_WEIGHTS = (True, False, "identity")
 BIASES = ("none", "all", "snell_only")
+
+#: A larger rank makes the factors larger than any layer's weight; the allocator would say so in its own words.
+LARGEST_RANK = 65536
 
 
 @dataclass
@@ -52,8 +56,8 @@ class SnellConfig(PeftConfig):
         init_weights: True: factors drawn as published. dW is then small, but not 0: a fresh adapter does not give
             the base model's outputs exactly (a disabled, unmerged or deleted one does). ``"identity"``: dW is
             exactly 0; exists for ``sparsity=0`` with ``linear`` or ``sigmoid`` alone, because where entries
-            compete an update of exactly 0 has no gradient. False: standard normal factors, a visible update,
-            for tests.
+            compete an update of exactly 0 has no gradient. False: an update that shows, for tests: normal
+            factors, halved until \\|K\\| is at most about 1/2.
 
     Raises:
         ValueError, TypeError: a setting that does not fit, naming it.
@@ -109,6 +113,9 @@ class SnellConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, list) else value)
+        for name in ("rank_pattern", "sparsity_pattern"):
+            if not isinstance(getattr(self, name), dict):
+                raise TypeError(f"{name} must be a dict, values by regular expression; got {getattr(self, name)!r}")
         if self.scale is None:  # settled here, so that a saved adapter says which
             self.scale = self.spec(self.r, self.sparsity).default_scale
         # Whatever a pattern selects must stand as well as the defaults do.
@@ -128,10 +135,15 @@ class SnellConfig(PeftConfig):
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern needs layers_to_transform: the indices to adapt")
 
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As PEFT does; a model card that it has written there then says which import the adapter needs."""
+        super().save_pretrained(save_directory, **kwargs)
+        add_import(save_directory, "snell.peft")
+
     def spec(self, rank: int, sparsity: float) -> Spec:
         """The validated make-up of one layer's update."""
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            raise ValueError(f"r must be an int of at least 1; got {rank!r}")
+        if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= LARGEST_RANK:
+            raise ValueError(f"r must be an int from 1 to {LARGEST_RANK}; got {rank!r}")
         return Spec(rank, sparsity, self.kernel, self.groups, self.gate)
 
     @property
