@@ -13,13 +13,13 @@ SAMPLES, STEPS, VOCABULARY = 8, 3, 41
 
 
 def model() -> PeftModel:
-    """A small Llama with an update that shows."""
+    """A small Llama whose factors move in STEPS steps, hundreds of times what :func:`close` allows."""
     torch.manual_seed(11)
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     sizes = {"hidden_size": 24, "num_hidden_layers": 2, "intermediate_size": 36}
     base = tf.LlamaForCausalLM(tf.LlamaConfig(vocab_size=VOCABULARY, **sizes, **heads))
     return get_peft_model(
-        base, SnellConfig(r=4, target_modules="all-linear", init_weights=False, kernel="rbf", scale=0.1)
+        base, SnellConfig(r=4, target_modules="all-linear", init_weights=False, kernel="rbf", scale=4.0)
     )
 
 
