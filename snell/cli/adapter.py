@@ -20,7 +20,7 @@ from snell.peft import SnellConfig
 from snell.spec import Spec
 from snell.update import Update
 
-#: Adapters of version 0.1.0 have no ".weight" at the end.
+#: Older adapters have no ".weight" at the end.
 _FACTOR = re.compile(r"(?:base_model\.model\.)?(?P<layer>.+)\.snell_(?P<name>A|B|theta)(?:\.weight)?$")
 
 

@@ -171,7 +171,7 @@ class TestNames:
     OLD = Path(__file__).with_name("adapter_of_old_names")
 
     def base(self) -> tuple[nn.Sequential, dict[str, torch.Tensor]]:
-        """The base model and a run of version 0.1.0, which also saved the adapter."""
+        """The base model, and what it gave with the adapter when that was saved."""
         run = load_file(self.OLD / "run.safetensors")
         base = nn.Sequential(nn.Linear(10, 12), nn.GELU(), nn.Linear(12, 6))
         base.load_state_dict({key.removeprefix("base."): value for key, value in run.items() if "base." in key})

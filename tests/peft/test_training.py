@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from peft import PeftModel, get_peft_model
 from small_models import adapted, batch, build, config, logits, train
 
-from snell import memo
+from snell.competition import memo
 from snell.peft import AdaptedLinear
 
 CHECKPOINTING = [
