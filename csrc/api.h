@@ -1,4 +1,4 @@
-// The C interface of the native library, and the structures its two sides share. Mirrored in snell/native.py.
+// The structures of the native library's C interface. snell/native.py declares the same ones with ctypes.
 #pragma once
 #include <cstdint>
 
@@ -12,14 +12,14 @@ struct SnellUpdate {
   int32_t dtype, kernel, groups, gate, threads;
 };
 
-// A matrix [m, n] whose rows are contiguous; stride counts elements from row to row. No data: absent.
+// A matrix [m, n] with contiguous rows; `stride` is the number of elements from row to row. Null data: no matrix.
 struct SnellMatrix {
   void* data;
   int64_t stride;
   int32_t dtype;
 };
 
-// Activations, in the update's dtype and contiguous: grad_y [m, tokens] and x [n, tokens], whose product is G.
+// Activations, contiguous and in the update's dtype: grad_y [m, tokens] and x [n, tokens], with G = grad_y x^T.
 struct SnellTokens {
   const void *grad_y, *x;
   int64_t tokens;

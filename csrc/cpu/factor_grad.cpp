@@ -1,11 +1,11 @@
 // factor_grad: dA, dB and dtheta from a block of G, and in the same pass weight + dW of the block.
 //
-// With H = G * gate(|K|) and C^p = H * dkappa/d(statistic p), nothing but a survivor adds anything: a row's survivors
-// are packed into a list, C is computed for the list, and each survivor moves one row of dA and one of dB. That is
-// work in proportion to the survivors, and it uses the differences b - a themselves, which do not cancel.
+// With H = G * gate(|K|) and C^p = H * dkappa/d(statistic p), only survivors (|K| > tau) contribute. The survivors of a
+// row are packed into a list, C is computed for the list, and each survivor updates one row of dA and one of dB. The
+// work is proportional to the number of survivors, and it uses the differences b - a themselves, which do not cancel.
 //
-// G comes as a matrix, or not at all: where few survive, their G_ij = dY_i . X_j alone cost less than the product that
-// would hold the others too.
+// G is a matrix, or absent. If few entries survive, computing G_ij = dY_i . X_j for them costs less than the GEMM for
+// all of G.
 #include <vector>
 
 #include "merge.h"
@@ -13,10 +13,10 @@
 namespace snell::SNELL_ISA {
 namespace {
 
-// A factor with each group of the rank axis padded to whole vectors; the factor itself where they are whole already.
+// A factor with each group of the rank axis padded to whole vectors; no copy if they are whole already.
 template <class T>
 struct Padded {
-  int64_t width, rank;  // of a group, of all groups
+  int64_t width, rank;  // padded columns of one group, and of all groups
   Buffer<T> copy;
   const T* rows;
 
@@ -37,7 +37,7 @@ struct Padded {
 template <class T>
 struct Survivors {
   Buffer<int32_t> column;
-  Buffer<T> H, kept;  // kept [groups][capacity]; C takes its place
+  Buffer<T> H, kept;  // kept [groups][capacity] is overwritten with C
   int64_t capacity, count = 0;
 
   Survivors(int64_t columns, int groups)
@@ -51,9 +51,9 @@ struct FactorGrad {
   const Operand<T>& u;
   const Padded<T>&A, &B;
   const SnellMatrix &G, &weight, &merged;
-  const T *dY, *X;  // [m, tokens] and [n, tokens], where there is no G
+  const T *dY, *X;  // [m, tokens] and [n, tokens]; used if G is absent
   int64_t tokens;
-  T *grad_A, *grad_B;  // of this thread: padded [n], and the caller's [m]
+  T *grad_A, *grad_B;  // this thread's [n, padded rank], and the caller's [m, rank]
   std::vector<Survivors<T>> lists;
   std::vector<Vec<T>> kept;
   std::vector<Vec<T>> theta_lanes;
@@ -74,7 +74,7 @@ struct FactorGrad {
         const int64_t j = column + c * LANES<T>;
         Vec<T> gate = gate_of<T>(abs(K[r][c]), tau, gate_kind);
         unsigned survive = ~bits(gate == T(0)) & (lanes >= LANES<T> ? ALL : (1u << lanes) - 1);
-        // No branch on an empty mask: at the sparsities in use it is taken now and then, which predicts worst.
+        // No branch on an empty mask: at usual sparsities it is empty too irregularly to predict.
         Vec<T> H = gate;
         if (G.data) H *= load_as<T>(G.data, (row + r) * G.stride + j, G.dtype, lanes);
         compress(&list.H[count], H, survive);
@@ -124,7 +124,7 @@ struct FactorGrad {
   }
 
   SNELL_INLINE T dot(const T* a, const T* b) const {
-    constexpr int SUMS = 4;  // side by side, to hide the latency of the multiply-adds
+    constexpr int SUMS = 4;  // independent sums hide the latency of the multiply-adds
     Vec<T> sums[SUMS] = {};
     int64_t t = 0;
     for (; t + SUMS * LANES<T> <= tokens; t += SUMS * LANES<T>)
@@ -135,7 +135,7 @@ struct FactorGrad {
   }
 
   SNELL_INLINE void slopes(Survivors<T>& list) {
-    // The tail of the last vector is given H = 0 and a statistic of 0, at which every slope is finite.
+    // Pad the last vector with H = 0 and a statistic of 0, where every slope is finite.
     for (int l = 0; l < LANES<T>; ++l) {
       list.H[list.count + l] = 0;
       for (int p = 0; p < u.groups; ++p) list.kept[p * list.capacity + list.count + l] = 0;
@@ -149,9 +149,9 @@ struct FactorGrad {
     for (size_t t = 0; t < theta_lanes.size(); ++t) grad_theta[t] += sum<T>(theta_lanes[t]);
   }
 
-  // One vector of the rank axis, for all survivors of a row. Four sums run side by side to hide their latency.
+  // Add the contribution of a row's survivors to one vector of the rank axis.
   SNELL_INLINE void accumulate(const Survivors<T>& list, const T* C, int64_t a0, int64_t b0, T* to, int lanes) {
-    constexpr int SUMS = 4;
+    constexpr int SUMS = 4;  // as in dot
     const Vec<T> b = load(&B.rows[b0]);
     Vec<T> sums[SUMS] = {};
     const T* rows = &A.rows[a0];
@@ -177,7 +177,7 @@ struct FactorGrad {
                   const SnellMatrix* weight, const SnellMatrix* merged, void* grad_A, void* grad_B, void* grad_theta) {
     Operand<T> u(update, KF::grouped);
     Padded<T> A(u, u.A, u.n), B(u, u.B, u.m);
-    // Each thread adds into a dA of its own. One thread alone adds into the caller's, if its rows are padded alike.
+    // Each thread has its own dA. A single thread uses the caller's, if that needs no padding.
     T* total = static_cast<T*>(grad_A);
     const bool direct = u.threads == 1 && A.rank == u.rank;
     std::vector<Buffer<T>> parts;
@@ -200,7 +200,7 @@ struct FactorGrad {
       sweep(u, u.first_row(t, team), u.first_row(t + 1, team), body);
       theta_parts[t] = body.grad_theta;
     }
-    // Threads' shares are added in the order of their rows, so the same threads give the same bits.
+    // Threads' sums are added in the order of their rows, so the same number of threads gives the same bits.
 #pragma omp parallel for num_threads(u.threads) schedule(static) if (u.threads > 1)
     for (int64_t j = 0; j < u.n; ++j)
       for (int p = 0; p < u.groups; ++p)

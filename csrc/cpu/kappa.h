@@ -1,7 +1,7 @@
 // The kernel functions: a pair statistic per group of the rank axis, then a scalar function of the statistics.
 //
-// Everything that decides who survives is computed here and nowhere else, with the same operations in the same
-// order whatever the tile, so that select, merge and factor_grad agree on every bit of K.
+// K and the gate are computed only here, with the same operations in the same order whatever the tile. select, merge
+// and factor_grad therefore compute bit-identical K and keep the same entries.
 #pragma once
 #include "simd.h"
 
@@ -25,12 +25,13 @@ struct Distance {
 };
 
 // Each kernel function names its statistic and, for vectors of pairs:
-//   grouped                                whether it takes one statistic per group, or one of the whole rank axis
+//   grouped                                whether it has one statistic per group, or one for the whole rank axis
 //   scalars                                how many entries of theta belong to each statistic
-//   add_group(theta, p, statistic, K)      K of the groups up to p; `statistic` becomes what `slope` wants kept
+//   add_group(theta, p, statistic, K)      K of groups 0 to p, given K of those before; replaces `statistic` with the
+//                                          value that `slope` needs
 //   slope(theta, p, kept, H, dtheta)       C = H * dkappa/d(statistic), times 2 for a squared distance, so that
-//                                          dB_i += C (b - a) or C a; dtheta[] += H * dkappa/dtheta
-// theta comes as an array of scalars.
+//                                          dB_i += C (b - a) or C a; adds H * dkappa/dtheta to dtheta[]
+// theta is an array of scalars.
 struct PiecewiseLinear : Distance {
   static constexpr bool grouped = true;
   static constexpr int scalars = 1;
@@ -95,14 +96,14 @@ struct Rbf : Distance {
   }
 };
 
-// The names that a caller passes as positions in this list. A new kernel function is a struct above and a line here.
+// Callers pass a kernel function as a position in this list. A new one is a struct above and a line here.
 #define SNELL_KERNEL_FUNCTIONS(ROW)        \
   ROW("piecewise_linear", PiecewiseLinear) \
   ROW("linear", Linear)                    \
   ROW("sigmoid", Sigmoid)                  \
   ROW("rbf", Rbf)
 
-// The gates, as positions too. A new gate is a line here and one in gate_of.
+// The same for gates. A new gate is a line here and one in gate_of.
 #define SNELL_GATES(ROW)            \
   ROW("soft", GATE_SOFT)            \
   ROW("magnitude", GATE_MAGNITUDE)  \
@@ -116,7 +117,7 @@ enum Gate : int32_t { SNELL_GATES(SNELL_GATE) };
 #undef SNELL_KERNEL
 #undef SNELL_GATE
 
-// gate(|K|) with losers at 0 and NaN kept NaN.
+// gate(|K|): 0 if |K| <= tau, NaN if |K| is NaN.
 template <class T>
 SNELL_INLINE Vec<T> gate_of(Vec<T> magnitude, T tau, int gate) {
   if (gate == GATE_NONE) return splat(T(1));

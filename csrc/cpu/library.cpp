@@ -1,5 +1,5 @@
-// The C interface: picks the instruction set once, and turns exceptions into a status (memory that runs out inside a
-// parallel region ends the process, as OpenMP has it).
+// The C interface. It picks the instruction set once and turns exceptions into a status. An exception inside a parallel
+// region still ends the process: OpenMP does not let it leave the region.
 #include <cstdlib>
 #include <cstring>
 
@@ -35,7 +35,7 @@ struct Table {
   decltype(&snell::base::factor_grad) factor_grad;
 };
 
-// The best set this machine has; SNELL_ISA names a lesser one, so that each can be tested on one machine.
+// The best instruction set of this machine. SNELL_ISA selects a lower one, so that one machine can test all of them.
 Table choose() {
   const char* wanted = std::getenv("SNELL_ISA");
   auto allowed = [&](const char* name) { return !wanted || !std::strcmp(wanted, name); };
@@ -61,7 +61,7 @@ int guarded(Function function) {
     function();
     return 0;
   } catch (...) {
-    return 1;  // memory is all that can run out here
+    return 1;  // std::bad_alloc is the only exception thrown here
   }
 }
 
@@ -69,7 +69,7 @@ int guarded(Function function) {
 
 SNELL_EXPORT const char* snell_isa() { return table.name; }
 
-// The names of the kernel functions and of the gates, by position, separated by commas.
+// Names of the kernel functions and gates in the order of their positions, separated by commas.
 #define SNELL_NAME(name, ...) "," name
 SNELL_EXPORT const char* snell_kernel_functions() { return &(SNELL_KERNEL_FUNCTIONS(SNELL_NAME))[1]; }
 SNELL_EXPORT const char* snell_gates() { return &(SNELL_GATES(SNELL_NAME))[1]; }
@@ -82,7 +82,7 @@ SNELL_EXPORT int snell_select(const SnellUpdate* u, int64_t k, void* tau) {
   return guarded([&] { table.select(*u, k, tau); });
 }
 
-// The share of entries that survive, estimated from that many random ones.
+// The share of entries that survive, estimated from `samples` random entries.
 SNELL_EXPORT int snell_density(const SnellUpdate* u, int64_t samples, double* density) {
   return guarded([&] { table.density(*u, samples, density); });
 }
@@ -93,8 +93,8 @@ SNELL_EXPORT int snell_factor_grad(const SnellUpdate* u, const SnellMatrix* G, c
   return guarded([&] { table.factor_grad(*u, G, activations, weight, merged, grad_A, grad_B, grad_theta); });
 }
 
-// 128 bits that tell tensors apart: four lanes of multiply and fold, each handed on to its neighbour at the end, so that
-// what one lane alone has seen moves both halves.
+// A 128-bit hash of tensors: four lanes of multiply and fold. At the end each lane is mixed into its neighbour, so that
+// a change seen by one lane changes both halves of the digest.
 SNELL_EXPORT void snell_fingerprint(int count, const void* const* data, const int64_t* bytes, uint64_t* digest) {
   uint64_t lanes[4] = {1, 2, 3, 4}, words[4];
   auto absorb = [&] {
@@ -111,7 +111,7 @@ SNELL_EXPORT void snell_fingerprint(int count, const void* const* data, const in
       absorb();
     }
     std::memset(words, 0, 32);
-    words[3] = uint64_t(left) << 56;  // the rest is under 32 bytes: its last byte is free for their number
+    words[3] = uint64_t(left) << 56;  // fewer than 32 bytes are left: the last byte holds their number
     if (left) std::memcpy(words, p, size_t(left));  // an empty tensor has no address
     absorb();
   }

@@ -1,4 +1,4 @@
-// merge: out = weight + K * gate(|K|), or K * gate(|K|); each entry computed, written and read once.
+// merge: out = weight + K * gate(|K|), or K * gate(|K|) without a weight, in one pass.
 #include "merge.h"
 
 namespace snell::SNELL_ISA {

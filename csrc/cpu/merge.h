@@ -1,11 +1,11 @@
-// What merge and factor_grad write: one tile row of W0 + dW.
+// Writes one row of a tile of W0 + dW, for merge and factor_grad.
 #pragma once
 #include "tiles.h"
 
 namespace snell::SNELL_ISA {
 
-// out[row, column..] = weight + delta, or delta where there is no weight. Where delta is 0 the weight's bits stay; a
-// double weight is added to as double, so that a float update does not round it.
+// out[row, column...] = weight + delta, or delta without a weight. Where delta is 0, out gets the weight's bits. A
+// double weight is added in double, so that a float update does not round it to float.
 template <class T>
 SNELL_INLINE void write_merged(const SnellMatrix& out, const SnellMatrix& weight, int64_t row, int64_t column, int count,
                                Vec<T> delta) {

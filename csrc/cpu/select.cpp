@@ -1,8 +1,8 @@
-// select: tau = the k-th smallest |K|, exact, without the matrix.
+// select: tau = the k-th smallest |K|, exact, without storing K.
 //
-// A random sample brackets tau to +-4 standard deviations; one pass over K counts what lies below the bracket and
-// gathers what lies inside, where the answer is then picked. Should the bracket miss (about 1 time in 10,000) or
-// hold too much (ties), radix passes over the bits of |K| settle it in bounded memory.
+// A random sample brackets tau to +-4 standard deviations. One pass over K counts the magnitudes below the bracket and
+// gathers those inside, and tau is picked from these. If the bracket misses (about 1 time in 10,000) or holds too many
+// (ties), radix passes over the bits of |K| find tau in bounded memory.
 #include <cmath>
 #include <limits>
 #include <numeric>
@@ -14,8 +14,9 @@ namespace snell::SNELL_ISA {
 namespace {
 
 constexpr int RADIX_BITS = 11;
-constexpr int64_t GATHER_ALL = 1 << 15;        // up to this many entries a sample is not worth its overhead
-constexpr double GATHER_SLACK = 2.0;           // gathered entries over the expected number that still count as luck
+constexpr int64_t GATHER_ALL = 1 << 15;  // up to this many entries, gather all: a sample would cost more
+// A thread that gathers more than GATHER_MIN + GATHER_SLACK times the expected number leaves the rest to the radix passes.
+constexpr double GATHER_SLACK = 2.0;
 constexpr int64_t GATHER_MIN = 1 << 16;
 
 template <class T>
@@ -40,7 +41,7 @@ uint64_t mix(uint64_t x) {  // splitmix64: a counter becomes a random number
 
 int64_t below(uint64_t random, int64_t bound) { return int64_t(uint64_t((unsigned __int128)random * bound >> 64)); }
 
-// Magnitudes within [lo, hi], gathered, and how many lie below.
+// Gathers the magnitudes within [lo, hi] and counts those below lo.
 template <class KF, class T>
 struct Gather {
   const Operand<T>* u;
@@ -69,7 +70,7 @@ struct Gather {
   SNELL_INLINE void flush(int64_t, int, int64_t) {}
 };
 
-// Counts one digit of the keys whose higher bits equal the prefix.
+// Histogram of one digit of the keys whose higher bits equal the prefix.
 template <class KF, class T>
 struct Histogram {
   using Key = typename Bits<T>::type;
@@ -98,7 +99,7 @@ void sweep_all(const Operand<T>& u, std::vector<Body>& bodies) {
 #pragma omp parallel num_threads(u.threads) if (u.threads > 1)
   {
     int t = omp_get_thread_num(), team = omp_get_num_threads();
-    Body body = std::move(bodies[t]);  // on the thread's own stack: counters that are not shared cache lines
+    Body body = std::move(bodies[t]);  // on the thread's own stack, to avoid false sharing of the counters
     sweep(u, u.first_row(t, team), u.first_row(t + 1, team), body);
     bodies[t] = std::move(body);
   }
@@ -115,8 +116,8 @@ T radix_select(const Operand<T>& u, int64_t k) {
     std::vector<int64_t> counts(digits);
     for (auto& body : bodies)
       for (int digit = 0; digit < digits; ++digit) counts[digit] += body.counts[digit];
-    // Another thread may write the factors between two passes, and fewer than k keys then have the prefix. The largest
-    // of them takes the k-th's place, or where none is left the prefix's smallest key: neither exceeds what was counted.
+    // If another thread changes the factors between two passes, fewer than k keys may have the prefix. Then take the
+    // largest of them, or the prefix's smallest key if there is none: neither exceeds a counted |K|.
     k = std::min(k, std::accumulate(counts.begin(), counts.end(), int64_t(0)));
     int digit = 0;
     for (; k > counts[digit]; ++digit) k -= counts[digit];
@@ -127,7 +128,7 @@ T radix_select(const Operand<T>& u, int64_t k) {
   return tau;
 }
 
-// |K| of one random pair, in plain arithmetic: the sample need not match K's bits.
+// |K| of one random entry, in plain arithmetic: the sample need not match K bit for bit.
 template <class KF, class T>
 T sample_one(const Operand<T>& u, int64_t counter) {
   const T* a = u.A + below(mix(2 * counter), u.n) * u.rank;
@@ -149,7 +150,7 @@ T sample_one(const Operand<T>& u, int64_t counter) {
 template <class T>
 struct Bracket {
   T lo, hi;
-  double share;  // of all entries, expected inside
+  double share;  // of all entries that are expected inside
 };
 
 template <class KF, class T>
@@ -157,7 +158,7 @@ Bracket<T> bracket(const Operand<T>& u, int64_t k) {
   const T infinity = std::numeric_limits<T>::infinity();
   double entries = double(u.m) * double(u.n);
   if (entries <= GATHER_ALL) return {T(0), infinity, 1.0};
-  // The sample costs its own size, the gathered entries cost theirs: size ~ entries^(2/3) balances the two.
+  // A larger sample costs more but narrows the bracket, so fewer entries are gathered. entries^(2/3) balances these.
   int64_t size = int64_t(std::pow(0.4 * entries, 2.0 / 3.0));
   auto sample = allocate<T>(size);
 #pragma omp parallel for num_threads(u.threads) schedule(static) if (u.threads > 1)
@@ -187,7 +188,7 @@ struct Select {
     int64_t limit = GATHER_MIN + int64_t(GATHER_SLACK * expected);
     std::vector<Gather<KF, T>> bodies(u.threads, {&u, lo, hi, limit, 0, 0, {}});
     for (auto& body : bodies) body.inside.reserve(size_t(1.1 * expected) + 4096);
-    bodies[0].inside.reserve(size_t(1.1 * expected * u.threads) + 4096);  // all end up there
+    bodies[0].inside.reserve(size_t(1.1 * expected * u.threads) + 4096);  // the others are appended to it
     sweep_all(u, bodies);
     bool overflow = false;
     for (auto& body : bodies) {

@@ -1,5 +1,5 @@
-// Vectors of the instruction set this file is compiled for: GCC's vector extension, with intrinsics only where
-// the language has no word (fused multiply-add, square root, compress, half precision).
+// Vectors of the instruction set this file is compiled for. They use GCC's vector extension, and intrinsics for what it
+// lacks: fused multiply-add, square root, compress, half precision.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -45,11 +45,11 @@ struct IntOf<double> {
   using type = int64_t;
 };
 template <class T>
-using Mask = Vec<typename IntOf<T>::type>;  // all ones where true, as comparisons give it
+using Mask = Vec<typename IntOf<T>::type>;  // all ones where true: the result of a comparison
 
 template <class T>
 SNELL_INLINE Vec<T> splat(T value) {
-  return value - Vec<T>{};  // the form GCC folds to a broadcast: x - 0 is x for every x, x + 0 is not
+  return value - Vec<T>{};  // GCC folds this to a broadcast, since x - 0 is x for every x; x + 0 is not x for -0
 }
 template <class T>
 SNELL_INLINE Vec<T> load(const T* p) {
@@ -94,11 +94,11 @@ SNELL_INLINE unsigned bits(M m) {
 }
 #endif
 
-// Write the lanes whose bit is set, packed; up to a whole vector of bytes behind `to` may be overwritten.
+// Pack the lanes whose bit is set into `to`. Up to a whole vector from `to` on may be overwritten.
 template <class T>
 SNELL_INLINE void compress(T* to, Vec<T> v, unsigned set) {
 #if defined(__AVX512F__)
-  // Compress in a register and store it whole: the compressing store is microcoded on some machines.
+  // Compress in a register and store all of it: the compressing store is microcoded on some processors.
   if constexpr (sizeof(T) == 4)
     store(to, Vec<T>(_mm512_maskz_compress_epi32(__mmask16(set), __m512i(v))));
   else
@@ -118,8 +118,8 @@ SNELL_INLINE T sum(Vec<T> v) {
   return total;
 }
 
-// exp in float: 2^k times a degree-6 polynomial on [-ln2/2, ln2/2], under 2 units in the last place; 0, inf and
-// NaN come out as they should.
+// exp in float: 2^k times a degree-6 polynomial on [-ln2/2, ln2/2]. The error is below 2 units in the last place.
+// Underflow gives 0, overflow gives infinity, NaN gives NaN.
 SNELL_INLINE F exp(F x) {
   F clamped = x < 88.8f ? x : splat(88.8f);
   clamped = clamped > -104.0f ? clamped : splat(-104.0f);
@@ -129,7 +129,7 @@ SNELL_INLINE F exp(F x) {
   r = fma(k, splat(-1.42860682030941723e-6f), r);
   F p = splat(1.0f / 720);
   for (float c : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = fma(p, r, splat(c));
-  // 2^k in two factors, so that results down to the denormals and up to the largest float are reached.
+  // 2^k as two factors, so that the result can be a denormal or the largest float.
   Mask<float> whole = Mask<float>(shifted) - 0x4b400000, half = whole >> 1;
   F scale = F((half + 127) << 23), rest = F((whole - half + 127) << 23);
   F y = p * scale * rest;
@@ -160,14 +160,14 @@ SNELL_INLINE uint16_t float_to_bf16(float f) {
 SNELL_INLINE float half_to_float(uint16_t h) {
   uint32_t sign = uint32_t(h & 0x8000) << 16, magnitude = h & 0x7fff;
   if (magnitude >= 0x7c00) return from_bits(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);
-  float value = from_bits(magnitude << 13) * from_bits(0x77800000);  // 2^112: the exponents' biases apart
+  float value = from_bits(magnitude << 13) * from_bits(0x77800000);  // x 2^112: the biases' difference
   return from_bits(sign | to_bits(value));
 }
 SNELL_INLINE uint16_t float_to_half(float f) {
   uint32_t u = to_bits(f), sign = u >> 16 & 0x8000, magnitude = u & 0x7fffffff;
   if (magnitude > 0x7f800000) return uint16_t(sign | 0x7e00 | (magnitude >> 13 & 0x3ff));
   if (magnitude >= 0x477ff000) return uint16_t(sign | 0x7c00);  // 65520 and up round to infinity
-  if (magnitude < 0x38800000) {  // below 2^-14: adding 0.5 rounds at the place of the last denormal bit
+  if (magnitude < 0x38800000) {  // below 2^-14: adding 0.5 rounds to a multiple of the smallest denormal
     return uint16_t(sign | (to_bits(from_bits(magnitude) + 0.5f) - 0x3f000000));
   }
   return uint16_t(sign | (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13);
@@ -195,7 +195,7 @@ SNELL_INLINE void store_scalar(void* p, int64_t i, int dtype, T value) {
 typedef uint16_t Short __attribute__((vector_size(VECTOR_BYTES / 2)));
 typedef uint32_t Word __attribute__((vector_size(VECTOR_BYTES)));
 
-// `count` elements from element i on, widened to T; lanes behind the count are 0.
+// `count` elements from element i on, converted to T; the remaining lanes are 0.
 template <class T>
 SNELL_INLINE Vec<T> load_as(const void* p, int64_t i, int dtype, int count) {
   if (count >= LANES<T>) {

@@ -1,4 +1,4 @@
-// Walks the entries of K tile by tile: which rows a thread owns, in which order, and one tile's K.
+// Computes K tile by tile: the rows of each thread, the order of the tiles, and K of one tile.
 #pragma once
 #include <omp.h>
 
@@ -11,8 +11,8 @@
 
 namespace snell::SNELL_ISA {
 
-// A tile is ROWS rows by COLUMNS vectors: enough independent sums to hide the latency of the multiply-adds, few
-// enough that they and K stay in registers (32 of them with AVX-512, 16 before).
+// A tile is ROWS rows by COLUMNS vectors. That is enough independent sums to hide the latency of the multiply-adds, and
+// few enough for the sums and K to stay in registers (32 with AVX-512, 16 otherwise).
 #if defined(__AVX512F__)
 constexpr int ROWS = 4;
 #else
@@ -22,10 +22,10 @@ constexpr int COLUMNS = 2;
 template <class T>
 constexpr int TILE = COLUMNS * LANES<T>;  // columns of K in a tile
 
-// Packed A that one sweep over a thread's rows reads again for each group of rows: it stays in the first-level cache.
+// Bytes of packed A in a chunk. A sweep reads the chunk again for each group of rows, so it has to fit in the L1 cache.
 constexpr int64_t CHUNK_BYTES = 32 * 1024;
 
-// Rows between the one computed and the one prefetched: some microseconds of work, far more than memory's latency.
+// How many rows ahead to prefetch: a few microseconds of work, far more than the memory's latency.
 constexpr int64_t AHEAD = 2 * ROWS;
 
 struct Free {
@@ -44,7 +44,7 @@ Buffer<T> allocate(int64_t count) {
 template <class T>
 struct Operand {
   int64_t m, n, rank;
-  int groups, width, gate, threads;  // of the statistic: groups of width columns each
+  int groups, width, gate, threads;  // `groups` statistics of `width` rank columns each
   const T *A, *B, *theta;
   T tau;
   Buffer<T> packed;  // A in panels of TILE columns of K: [panel][rank][TILE], padded with 0
@@ -54,7 +54,7 @@ struct Operand {
       : m(u.m), n(u.n), rank(u.rank), groups(grouped ? u.groups : 1), width(int(u.rank / groups)), gate(u.gate),
         A(static_cast<const T*>(u.A)), B(static_cast<const T*>(u.B)), theta(static_cast<const T*>(u.theta)),
         tau(u.tau ? *static_cast<const T*>(u.tau) : T(0)) {
-    // A thread is worth waking for some hundred thousand multiply-adds, not for less.
+    // Fewer multiply-adds than 2^18 do not repay waking a thread.
     threads = int(std::clamp<int64_t>(m * n * rank >> 18, 1, u.threads));
     panels = (n + TILE<T> - 1) / TILE<T>;
     chunk = std::max<int64_t>(1, CHUNK_BYTES / int64_t(rank * TILE<T> * sizeof(T)));
@@ -71,11 +71,11 @@ struct Operand {
     }
   }
 
-  // The rows [first, last) that thread t of the team owns, in whole groups of ROWS.
+  // First row of thread t of the team; threads own whole groups of ROWS.
   int64_t first_row(int t, int team) const { return std::min(m, (m + ROWS - 1) / ROWS * t / team * ROWS); }
 };
 
-// K of rows b[0..ROWS) and one panel's columns. With `kept` (stride apart for each group), what `slope` needs.
+// K of rows b[0..ROWS) and one panel's columns. `kept` [groups][ROWS][COLUMNS] receives what `slope` needs.
 template <class KF, class T>
 SNELL_INLINE void kappa_tile(const Operand<T>& u, const T* panel, const T* const* b, Vec<T> (&K)[ROWS][COLUMNS],
                              Vec<T>* kept = nullptr) {
@@ -99,8 +99,8 @@ SNELL_INLINE void kappa_tile(const Operand<T>& u, const T* panel, const T* const
   }
 }
 
-// Ask for the elements [from, to) of a row that will be needed soon: a sweep's rows lie on different pages, where the
-// hardware's own prefetching stops.
+// Prefetch the elements [from, to) of a row that will be needed soon. Hardware prefetching stops at page boundaries,
+// and a sweep's rows lie on different pages.
 SNELL_INLINE void prefetch(const SnellMatrix& matrix, int64_t row, int64_t from, int64_t to) {
   if (!matrix.data) return;
   int64_t size = matrix.dtype == SNELL_F64 ? 8 : matrix.dtype == SNELL_F32 ? 4 : 2;
@@ -108,9 +108,10 @@ SNELL_INLINE void prefetch(const SnellMatrix& matrix, int64_t row, int64_t from,
   for (const char* p = base + from * size; p < base + to * size; p += 64) __builtin_prefetch(p);
 }
 
-// Calls body.tile(row, rows, column, columns, panel, b) for each tile of the rows [first, last), a chunk of panels at
-// a time, body.ahead(row, from, to) for a row of the chunk that comes soon, and body.flush(row, rows, from) after each
-// group of rows in a chunk. At the lower edge b repeats the last row.
+// For the rows [first, last), one chunk of panels at a time:
+//   body.tile(row, rows, column, columns, panel, b)   for each tile; at the lower edge b repeats the last row
+//   body.ahead(row, from, to)                         for a row of the chunk that will be computed soon
+//   body.flush(row, rows, from)                       after each group of rows in the chunk
 template <class T, class Body>
 SNELL_INLINE void sweep(const Operand<T>& u, int64_t first, int64_t last, Body& body) {
   for (int64_t begin = 0; begin < u.panels; begin += u.chunk) {
