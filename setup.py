@@ -69,6 +69,7 @@ PACKAGES = [
     "snell",
     "snell.backends",
     "snell.bench",
+    "snell.bench.experiments",
     "snell.bench.paper",
     "snell.cli",
     "snell.competition",

@@ -1,9 +1,10 @@
 """Puts measured tables from bench/results/ into the README and docs/, between their markers.
 
-    python -m snell.bench.pages
+    python -m snell.bench.pages [--pictures]
 
 A page asks for ``bench/results/NAME.json`` by ``<!-- results: NAME -->`` ... ``<!-- end -->``, or for the short form of
-it by ``<!-- results: NAME brief -->``. A test fails when pages and results part.
+it by ``<!-- results: NAME brief -->``. A test fails when pages and results part. ``--pictures`` draws ``NAME.png`` anew
+for every results file whose picture needs nothing else.
 """
 
 from __future__ import annotations
@@ -11,34 +12,14 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import sys
 from pathlib import Path
+from typing import Any
+
+from snell.cli import BENCHMARKS, COMMANDS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-
-#: The module whose ``report(document)`` (or ``brief(document)``) renders a results file, by the file's name.
-REPORTS = {
-    "layer-cpu": "layer",
-    "layer-cuda": "layer",
-    "demo": "demo",
-    "models-cpu": "models",
-    "models-cuda": "models",
-    "steps-cpu": "paper.steps",
-    "steps-cuda": "paper.steps",
-    "memory-cpu": "paper.memory",
-    "memory-cuda": "paper.memory",
-    "minilm": "minilm",
-    "soak": "soak",
-    "growth-cpu": "growth",
-    "growth-cuda": "growth",
-    "gates": "paper.gates",
-    "gates-minilm": "paper.gates",
-    "operations-cpu": "operations",
-    "resources": "resources",
-    "fit": "paper.fit",
-    "sparsify": "paper.sparsify",
-    "matrix-rank": "paper.matrix_rank",
-}
 
 
 def pages() -> list[Path]:
@@ -46,12 +27,17 @@ def pages() -> list[Path]:
     return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
+def module_of(name: str) -> Any:
+    """The module whose ``report``, ``brief`` and ``draw`` show a results file."""
+    commands = {key: module for rows in (COMMANDS | BENCHMARKS).values() for key, (module, _) in rows.items()}
+    return importlib.import_module(commands.get(re.sub("-(cpu|cuda|minilm)$", "", name), "snell.bench.report"))
+
+
 def rendered(text: str) -> str:
     """The page with the tables that its markers ask for."""
 
     def section(match: re.Match[str]) -> str:
-        document = json.loads((RESULTS / f"{match[2]}.json").read_text())
-        module = importlib.import_module(f"snell.bench.{REPORTS[match[2]]}")
+        document, module = json.loads((RESULTS / f"{match[2]}.json").read_text()), module_of(match[2])
         render = module.brief if match[3] else module.report
         return f"{match[1]}{render(document)}\n{match[4]}"
 
@@ -62,3 +48,6 @@ def rendered(text: str) -> str:
 if __name__ == "__main__":
     for page in pages():
         page.write_text(rendered(page.read_text()))
+    for path in sorted(RESULTS.glob("*.json")) if "--pictures" in sys.argv else ():
+        if hasattr(module_of(path.stem), "draw"):
+            module_of(path.stem).draw(path.with_suffix(".png"), json.loads(path.read_text()))

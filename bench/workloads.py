@@ -1,4 +1,4 @@
-"""The models of the model benchmarks, of random weights, each with a batch of random data."""
+"""The models of the model benchmarks, of random weights, each with a batch of random data; and a step of training."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers as tf
-from torch import nn
+from torch import Tensor, nn
 
-from snell.bench.tuned import Batch
+from snell.bench import core, memory
+from snell.bench.contenders import ADAPT
+from snell.bench.names import VITS
 
 
 class Workload(NamedTuple):
@@ -17,21 +19,7 @@ class Workload(NamedTuple):
 
     name: str
     model: nn.Module
-    batch: Batch
-
-
-#: Sizes of the vision transformers for images of 224 x 224: base, large and huge.
-VITS: dict[str, dict[str, int]] = {
-    "ViT-B/16": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
-    "ViT-L/16": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
-    "ViT-H/14": {
-        "hidden_size": 1280,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 16,
-        "intermediate_size": 5120,
-        "patch_size": 14,
-    },
-}
+    batch: dict[str, Tensor]
 
 
 def vit(name: str, device: str, images: int, **sizes: Any) -> Workload:
@@ -75,3 +63,43 @@ def llama(device: str) -> Workload:
 
 #: The models of ``snell bench models``, each made on a device.
 MODELS: dict[str, Callable[[str], Workload]] = {"vit-b": vit_b, "bert-base": bert_base, "llama": llama}
+
+
+class Training:
+    """The workload's model, changed in place to be tuned by ``method``, with AdamW and its state.
+
+    Args:
+        keep_gradients: whether gradients stay allocated between steps, and a step adds to zeros.
+
+    Raises:
+        ValueError, RuntimeError: the method cannot tune the model.
+    """
+
+    def __init__(self, method: str, workload: Workload, rank: int, *, keep_gradients: bool = False) -> None:
+        self.batch, self.keep_gradients = workload.batch, keep_gradients
+        self.model = ADAPT[method](workload.model, rank).train()
+        self.optimizer = memory.adamw(self.model, 1e-4)
+        self._drop_gradients()
+
+    def forward(self) -> Tensor:
+        """The loss, of new parameters: thresholds are selected anew."""
+        core.forget()
+        return self.model(**self.batch).loss
+
+    def step(self) -> None:
+        """Forward, backward and AdamW's update."""
+        self.forward().backward()
+        self.optimizer.step()
+        self._drop_gradients()
+
+    def held(self) -> dict[str, int]:
+        """Bytes: all tensors of the model, AdamW's state, what autograd saves in a forward; and numbers trained."""
+        return {
+            "model_bytes": memory.storage_bytes(memory.held_tensors(self.model)),
+            "optimizer_bytes": memory.optimizer_bytes(self.optimizer),
+            "saved_bytes": memory.saved_bytes(self.forward, memory.held_tensors(self.model)),
+            "trainable": memory.num_trained(self.model),
+        }
+
+    def _drop_gradients(self) -> None:
+        self.optimizer.zero_grad(set_to_none=not self.keep_gradients)

@@ -10,23 +10,22 @@ keeps as many entries as are not zero. The paper gives neither sizes nor ranks; 
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
-import click
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-from snell import functional
-from snell.bench.paper.shown import COLOURS, NAMES
-from snell.bench.record import made_by, markdown, out_option, write
-from snell.spec import KERNEL_FUNCTIONS, Spec
-from snell.update import draw
+from snell.bench import core
+from snell.bench.core import Update
+from snell.bench.names import KERNELS
+from snell.bench.report import Columns, Document, Panel, Series, made_by, picture, table
+from snell.kernel_functions import KERNEL_FUNCTIONS
+from snell.spec import Spec
 
 TARGETS = ("full-rank", "sparse")
 #: The figure itself is a picture without numbers; this is what the text says of it (section 4.3).
@@ -57,13 +56,13 @@ class Variant(NamedTuple):
 
     @property
     def label(self) -> str:
-        return NAMES[self.kernel] + (", competing" if self.sparsity else "")
+        return KERNELS[self.kernel].label + (", competing" if self.sparsity else "")
 
 
 def variants(target: str, settings: Settings) -> list[Variant]:
     """What fits matrices of this kind."""
     competing = [Variant("piecewise_linear", 1 - settings.density)] if target == "sparse" else []
-    return [*map(Variant, NAMES), *competing]
+    return [*map(Variant, KERNELS), *competing]
 
 
 def targets(kind: str, settings: Settings) -> Tensor:
@@ -97,137 +96,115 @@ def fit(
         Mean squared errors of the N targets after each of :func:`recorded_steps`.
     """
     count, m, n = targets.shape
-    theta = torch.empty(count, spec.num_theta)
-    A, B, theta = parameters = [torch.empty(count, n, spec.rank), torch.empty(count, m, spec.rank), theta]
+    sizes = (count, n, spec.rank), (count, m, spec.rank), (count, spec.num_theta)
+    parameters = [torch.empty(size) for size in sizes]
     for parameter in parameters:
         parameter.grad = torch.empty_like(parameter)
-    each = [list(zip(*parameters, strict=True)), list(zip(*(p.grad for p in parameters), strict=True))]
-    for factors in each[0]:
-        draw(*factors, spec, settings.scale)
-    trained = parameters if KERNEL_FUNCTIONS[spec.kernel].trains_theta else [A, B]
+    updates = [Update(*factors, torch.zeros(()), spec) for factors in zip(*parameters, strict=True)]
+    gradients = list(zip(*(parameter.grad for parameter in parameters), strict=True))
+    for update in updates:
+        core.draw(*update[:3], spec, settings.scale)
+    trained = parameters if KERNEL_FUNCTIONS[spec.kernel].trains_theta else parameters[:2]
     optimizer = torch.optim.Adam(trained, lr=settings.learning_rate, fused=True)
-    residuals, update = torch.empty_like(targets), (spec.kernel, spec.groups, spec.effective_gate)
-    errors, recorded = [], set(recorded_steps(settings.steps))
+    residuals, errors, recorded = torch.empty_like(targets), [], set(recorded_steps(settings.steps))
     for step in range(settings.steps + 1):
-        taus = [functional.threshold(*factors, spec) for factors in each[0]]
-        for factors, tau, merged in zip(each[0], taus, residuals, strict=True):
-            torch.ops.snell.merge_out(*factors, tau, None, merged, *update)
+        updates = [update._replace(tau=core.select(update)) for update in updates]
+        for update, merged in zip(updates, residuals, strict=True):
+            core.backend(update).merge(update, None, merged)
         residuals -= targets
         if step in recorded:
             errors.append(residuals.square().mean((1, 2)).tolist())
         residuals *= 2 / (m * n)
         for parameter in parameters:
             parameter.grad.zero_()
-        for factors, tau, gradients, G in zip(each[0], taus, each[1], residuals, strict=True):
-            torch.ops.snell.factor_grad(G, *factors, tau, None, None, *gradients, *update)
+        for update, grads, G in zip(updates, gradients, residuals, strict=True):
+            core.backend(update).factor_grad(G, update, grads)
         optimizer.step()
         on_step()
     return errors
 
 
-def run(settings: Settings) -> list[dict[str, Any]]:
+def measure(steps: int, rank: Sequence[int], settings: Settings | None = None) -> dict[str, Any]:
     """Every kind of matrix at every rank by every kernel function."""
     torch.manual_seed(0)
-    cases = [(k, rank, v) for k in TARGETS for rank in settings.ranks for v in variants(k, settings)]
+    settings = settings or Settings(steps=steps, ranks=tuple(rank))
+    cases = [(k, r, v) for k in TARGETS for r in settings.ranks for v in variants(k, settings)]
     results = []
     with tqdm(total=len(cases) * (settings.steps + 1), unit="step", mininterval=1) as bar:
-        for kind, rank, variant in cases:
-            bar.set_description(f"{kind}, rank {rank}, {variant.label}")
+        for kind, r, variant in cases:
+            bar.set_description(f"{kind}, rank {r}, {variant.label}")
             wanted = targets(kind, settings)
-            errors = torch.tensor(fit(wanted, variant.spec(rank), settings, bar.update))
+            errors = torch.tensor(fit(wanted, variant.spec(r), settings, bar.update))
             size = wanted.square().mean((1, 2))
             left = errors / size
             curves = {"mean": left.mean(1), "least": left.amin(1), "most": left.amax(1)}
-            results.append(
-                {"target": kind, "rank": rank, **variant._asdict()}
-                | {"mean_squares": size.tolist(), "best_linear": best_linear(wanted, rank)}
-                | {"errors": errors[-1].tolist()}
-                | {"left": {name: [float(f"{share:.4g}") for share in curve] for name, curve in curves.items()}}
-            )
-    return results
+            facts = {"target": kind, "rank": r, **variant._asdict(), "mean_squares": size.tolist()}
+            facts |= {"best_linear": best_linear(wanted, r), "errors": errors[-1].tolist()}
+            rounded = {name: [float(f"{share:.4g}") for share in curve] for name, curve in curves.items()}
+            results.append(facts | {"left": rounded})
+    return {"settings": asdict(settings), "results": results}
 
 
-def _label(result: dict[str, Any]) -> str:
-    return Variant(result["kernel"], result["sparsity"]).label
-
-
-def _best_left(result: dict[str, Any]) -> float:
+def _best_left(result: Mapping[str, Any]) -> float:
     """What the best matrix of the rank leaves over, as a share of the matrix's mean square."""
     pairs = zip(result["best_linear"], result["mean_squares"], strict=True)
-    return statistics.fmean(best / size for best, size in pairs)
+    return fmean(best / size for best, size in pairs)
 
 
-def table(results: list[dict[str, Any]]) -> str:
-    """The last errors as a Markdown table."""
-    linear = {(r["target"], r["rank"]): statistics.fmean(r["errors"]) for r in results if r["kernel"] == "linear"}
-    columns = ("matrices", "rank", "kernel function", "mean squared error", "left of the matrix", "of linear's error")
+def _rows(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The last errors, and beside the linear kernel function's those of the best matrix of its rank."""
+    linear = {(r["target"], r["rank"]): fmean(r["errors"]) for r in results if r["kernel"] == "linear"}
     rows = []
     for r in results:
-        case, mean = [r["target"], str(r["rank"])], statistics.fmean(r["errors"])
-        errors = [f"{mean:.4f} ± {statistics.stdev(r['errors']):.4f}", f"{r['left']['mean'][-1]:.1%}"]
-        rows.append([*case, _label(r), *errors, f"{mean / linear[r['target'], r['rank']]:.2f}"])
+        case = {"target": r["target"], "rank": r["rank"], "linear": linear[r["target"], r["rank"]]}
+        name = Variant(r["kernel"], r["sparsity"]).label
+        rows.append({**case, "name": name, "errors": r["errors"], "left": r["left"]["mean"][-1]})
         if r["kernel"] == "linear":
-            best = statistics.fmean(r["best_linear"])
-            errors = [f"{best:.4f} ± {statistics.stdev(r['best_linear']):.4f}", f"{_best_left(r):.1%}"]
-            rows.append([*case, "best matrix of this rank (SVD)", *errors, f"{best / mean:.2f}"])
-    return markdown(columns, rows)
+            name = "best matrix of this rank (SVD)"
+            rows.append({**case, "name": name, "errors": r["best_linear"], "left": _best_left(r)})
+    return rows
 
 
-def verdict(results: list[dict[str, Any]]) -> str:
-    """The paper's claim beside what was found, a sentence for each kind of matrix and rank."""
-    found = []
-    for kind, rank in dict.fromkeys((r["target"], r["rank"]) for r in results):
-        case = [r for r in results if (r["target"], r["rank"]) == (kind, rank)]
-        last = {_label(r): statistics.fmean(r["errors"]) for r in case}
-        below = [name for name, error in last.items() if error < last[NAMES["linear"]]]
+COLUMNS: Columns = [
+    ("matrices", "{target}"),
+    ("rank", "{rank}"),
+    ("kernel function", "{name}"),
+    ("mean squared error", lambda row: f"{fmean(row['errors']):.4f} ± {stdev(row['errors']):.4f}"),
+    ("left of the matrix", "{left:.1%}"),
+    ("of linear's error", lambda row: f"{fmean(row['errors']) / row['linear']:.2f}"),
+]
+
+
+def report(document: Document) -> str:
+    """The results file as Markdown, with the paper's claim beside what was found."""
+    rows, found = _rows(document["results"]), []
+    for kind, rank in dict.fromkeys((row["target"], row["rank"]) for row in rows):
+        own = [row for row in rows if (row["target"], row["rank"]) == (kind, rank) and "SVD" not in row["name"]]
+        below = [row["name"] for row in own if fmean(row["errors"]) < row["linear"]]
         found.append(f"{kind} at rank {rank}: below linear are {', '.join(below) or 'none'}")
-    return f"The paper (Figure 4(a), a picture without numbers): {CLAIM}. Here, {'; '.join(found)}."
+    claim = f"The paper (Figure 4(a), a picture without numbers): {CLAIM}. Here, {'; '.join(found)}."
+    return f"{table(COLUMNS, rows)}\n\n{claim}\n\n{made_by(document)}"
 
 
-def picture(path: Path, results: list[dict[str, Any]], settings: Settings) -> None:
+def draw(path: Path, document: Document) -> None:
     """Error over steps: the mean over the matrices, and the band from the least to the most."""
-    figure = Figure(figsize=(11, 4 * len(settings.ranks)), layout="constrained")
-    panels = figure.subplots(len(settings.ranks), len(TARGETS), squeeze=False, sharex=True)
+    settings = Settings(**document["settings"])
     steps = recorded_steps(settings.steps)
-    for i, rank in enumerate(settings.ranks):
-        for axes, kind in zip(panels[i], TARGETS, strict=True):
-            shown = [r for r in results if (r["target"], r["rank"]) == (kind, rank)]
-            for r in shown:
-                curve = {name: 100 * torch.tensor(shares) for name, shares in r["left"].items()}
-                style = {"color": COLOURS[r["kernel"]], "linestyle": "--" if r["sparsity"] else "-"}
-                axes.plot(steps, curve["mean"], label=_label(r), **style)
-                axes.fill_between(steps, curve["least"], curve["most"], color=style["color"], alpha=0.15, linewidth=0)
-            best = 100 * _best_left(shown[0])
-            axes.axhline(best, color="black", linestyle=":", linewidth=1, label="best matrix of this rank (SVD)")
-            axes.set_title(f"{kind} matrices, {settings.size} x {settings.size}, by factors of rank {rank}", loc="left")
-            axes.set_ylim(0, 105)
-            axes.set_xscale("log")
-            axes.set_xlim(steps[-1] ** 0.4, steps[-1])
-            axes.spines[["top", "right"]].set_visible(False)
-    for axes in panels[-1]:
-        axes.set_xlabel(f"steps of Adam at {settings.learning_rate:g}")
-    for axes in panels[:, 0]:
-        axes.set_ylabel("mean squared error,\n% of the matrix's mean square")
-    panels[0, -1].legend(fontsize=9, loc="lower left")
-    figure.savefig(path, dpi=120)
+    late = [i for i, step in enumerate(steps) if step >= steps[-1] ** 0.4]
+    x = [steps[i] for i in late]
 
+    def panel(kind: str, rank: int) -> Panel:
+        shown = [r for r in document["results"] if (r["target"], r["rank"]) == (kind, rank)]
+        series = []
+        for r in shown:
+            mean, least, most = ([100 * r["left"][name][i] for i in late] for name in ("mean", "least", "most"))
+            look, label = "--" if r["sparsity"] else "-", Variant(r["kernel"], r["sparsity"]).label
+            series.append(Series(mean, x, label, KERNELS[r["kernel"]].colour, look, band=(least, most)))
+        best = [100 * _best_left(shown[0])] * len(x)
+        series.append(Series(best, x, "best matrix of this rank (SVD)", look=":", style={"linewidth": 1}))
+        title = f"{kind} matrices, {settings.size} x {settings.size}, factors of rank {rank}"
+        labels = f"steps of Adam at {settings.learning_rate:g}", "mean squared error,\n% of the matrix's mean square"
+        return Panel(title, series, *labels, log="x", ylim=(0, 105), legend={"loc": "lower left"})
 
-def report(document: dict[str, Any]) -> str:
-    """The results file as Markdown."""
-    return f"{table(document['results'])}\n\n{verdict(document['results'])}\n\n{made_by(document)}"
-
-
-@click.command(help=__doc__)
-@click.option("--steps", type=int, default=Settings.steps, show_default=True, help="Steps of Adam.")
-@click.option("--rank", "ranks", multiple=True, type=int, default=Settings.ranks, show_default=True, help="Ranks.")
-@out_option
-def main(steps: int, ranks: tuple[int, ...], out: Path) -> None:
-    settings = Settings(steps=steps, ranks=ranks)
-    results = run(settings)
-    click.echo(f"{table(results)}\n\n{verdict(results)}")
-    write(out, "fit", {"settings": asdict(settings), "results": results})
-    picture(out / "fit.png", results, settings)
-
-
-if __name__ == "__main__":
-    main()
+    rows = [[panel(kind, rank) for kind in TARGETS] for rank in settings.ranks]
+    picture(path, "Fitting random matrices (bands: least to most of the matrices)", rows)

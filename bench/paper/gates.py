@@ -21,20 +21,28 @@ draws alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from functools import cache, partial
+from multiprocessing import get_context
 from statistics import fmean
 from typing import Any, NamedTuple
 
-import click
+import torch
+import transformers as tf
 from tqdm import tqdm
 
 from snell import spec
+from snell.bench.contenders import quiet_libraries
+from snell.bench.digits import RANK, Settings, Transfer, lora, snell
+from snell.bench.experiments import minilm
+from snell.bench.names import TASKS as FILES
 from snell.bench.paper.gates_report import draw, report
-from snell.bench.record import out_option, write
+from snell.bench.protocol import Job, judged
 
-__all__ = ["LORA", "Candidate", "Job", "Measure", "Plan", "main", "report", "run"]
+__all__ = ["draw", "measure", "report"]
 
 #: Those that compete.
 GATES = tuple(gate for gate in spec.GATES if gate != "none")
@@ -52,10 +60,9 @@ class Candidate(NamedTuple):
 
 LORA = Candidate("LoRA")
 
-#: Candidate, learning rate, draw of labels, and the part (``"validation"`` or ``"test"``) that judges what was trained.
-Job = tuple[Candidate, float, int, str]
-#: The accuracy of each job, in percent.
-Measure = Callable[[Sequence[Job]], Sequence[float]]
+#: The accuracy in percent of a candidate trained and judged as the job says; and of several jobs.
+Train = Callable[[Candidate, Job], float]
+Measure = Callable[[Candidate, Sequence[Job]], Sequence[float]]
 
 
 @dataclass(frozen=True)
@@ -70,64 +77,75 @@ class Plan:
     gates: tuple[str, ...] = GATES
 
 
+RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+SCALES, SPARSITIES = (0.1, 1.0, 3.0), (0.0, 0.5, 0.8, SPARSITY, 0.95, 0.99)
 # The demonstration judges with draws 0 to 2.
 PLANS = {
-    "digits": Plan(
-        rates=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
-        scales=(0.1, 1.0, 3.0),
-        sparsities=(0.0, 0.5, 0.8, SPARSITY, 0.95, 0.99),
-        selection=(10, 11, 12, 13, 14),
-        judging=(30, 31, 32, 33, 34, 35, 36, 37),
-    ),
-    "text": Plan(
-        rates=(1e-3, 5e-3, 3e-2),
-        scales=(0.1, 1.0, 3.0),
-        sparsities=(SPARSITY,),
-        selection=(10,),
-        judging=(20, 21),
-        gates=("soft",),
-    ),
+    "digits": Plan(RATES, SCALES, SPARSITIES, selection=tuple(range(10, 15)), judging=tuple(range(30, 38))),
+    "text": Plan((1e-3, 5e-3, 3e-2), SCALES, (SPARSITY,), selection=(10,), judging=(20, 21), gates=("soft",)),
 }
-#: Results file of each task.
-NAMES = {"digits": "gates", "text": "gates-minilm"}
 
 
-def judged(candidate: Candidate, start: Sequence[float], plan: Plan, measure: Measure) -> dict[str, Any]:
-    """The candidate's validation accuracies by rate and draw, the rate they choose, and its test accuracies there.
+def digits(settings: Settings | None = None) -> tuple[dict[str, Any], Train]:
+    """The demonstration's transfer: a draw decides labels, batches, new head and factors."""
+    transfer = Transfer(settings)
 
-    Args:
-        start: the rates to try; more of the plan's follow while the best has an untried one beside it.
-    """
-    validation: dict[float, list[float]] = {}
-    untried = list(start)
-    while untried:
-        jobs = [(candidate, rate, draw, "validation") for rate in untried for draw in plan.selection]
-        for (_, rate, _, _), accuracy in zip(jobs, measure(jobs), strict=True):
-            validation.setdefault(rate, []).append(accuracy)
-        best = max(sorted(validation), key=lambda rate: fmean(validation[rate]))
-        position = plan.rates.index(best)
-        untried = [rate for rate in plan.rates[max(position - 1, 0) : position + 2] if rate not in validation]
-    tried = sorted(validation)
-    test = list(measure([(candidate, best, draw, "test") for draw in plan.judging]))
-    return candidate._asdict() | {
-        "rates": tried,
-        "validation": [validation[rate] for rate in tried],
-        "rate": best,
-        "test": test,
-    }
+    def train(candidate: Candidate, job: Job) -> float:
+        build = lora if candidate == LORA else partial(snell, **candidate._asdict())
+        return transfer.accuracies(build, [job])[0]
+
+    labels = f"{transfer.settings.labels_per_class} a class"
+    shown = {"steps": transfer.settings.steps, "labels": labels, "rank and LoRA's alpha": RANK}
+    parts = {part: getattr(transfer.domains, f"target_{part}") for part in ("validation", "test")}
+    return shown | {part: f"{len(images)} images" for part, images in parts.items()}, train
 
 
-def run(plan: Plan, measure: Measure) -> list[dict[str, Any]]:
+def text(steps: int = 40, sizes: tuple[int, ...] = minilm.SIZES) -> tuple[dict[str, Any], Train]:
+    """MiniLM on docstrings: a draw decides which half of the training docstrings has labels, new head and factors."""
+    pool, *held_out = minilm.split(sizes)
+    parts, few = dict(zip(("validation", "test"), held_out, strict=True)), len(pool) // 2
+
+    def train(candidate: Candidate, job: Job) -> float:
+        tf.set_seed(job.draw)
+        chosen = torch.randperm(len(pool))[:few].tolist()
+        method, settings = ("lora", {}) if candidate == LORA else ("snell", candidate._asdict())
+        model = minilm.adapt(method, minilm.Classifier(), **settings)
+        return minilm.tune(model, job.rate, steps, [pool[i] for i in chosen], [parts[job.part]])[0]
+
+    shown = {"steps": steps, "labels": f"{few} docstrings", "rank": minilm.RANK, "LoRA's alpha": 2 * minilm.RANK}
+    return shown | {part: f"{len(samples)} docstrings" for part, samples in parts.items()}, train
+
+
+@cache
+def _task(name: str) -> tuple[dict[str, Any], Train]:
+    """The task, prepared once in each process."""
+    quiet_libraries()
+    return {"digits": digits, "text": text}[name]()
+
+
+def _accuracy(name: str, candidate: Candidate, job: Job) -> float:
+    return _task(name)[1](candidate, job)
+
+
+@contextmanager
+def measuring(name: str, workers: int) -> Iterator[tuple[dict[str, Any], Measure]]:
+    """The task's settings, and a measure whose jobs are shared among ``workers`` processes of one thread each."""
+    # Forked processes would inherit the locks of torch's threads.
+    context = get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        yield _task(name)[0], lambda candidate, jobs: list(pool.map(partial(_accuracy, name, candidate), jobs))
+
+
+def try_all(plan: Plan, measure: Measure) -> list[dict[str, Any]]:
     """A row for every candidate, LoRA's first."""
     rows: dict[Candidate, dict[str, Any]] = {}
-    sweeps = len(plan.gates) * (len(plan.sparsities) - 1)
-    with tqdm(total=1 + len(plan.gates) * len(plan.scales) + sweeps, unit="candidate") as bar:
+    total = 1 + len(plan.gates) * (len(plan.scales) + len(plan.sparsities) - 1)
+    with tqdm(total=total, unit="candidate") as bar:
 
         def add(candidate: Candidate, start: Sequence[float]) -> dict[str, Any]:
-            bar.set_description(" ".join(str(setting) for setting in candidate if setting is not None))
             if candidate not in rows:
-                rows[candidate] = judged(candidate, start, plan, measure)
-                bar.write(str(rows[candidate]))
+                row = judged(partial(measure, candidate), plan.rates, plan.selection, plan.judging, start)
+                rows[candidate] = candidate._asdict() | row
             bar.update()
             return rows[candidate]
 
@@ -146,19 +164,8 @@ def run(plan: Plan, measure: Measure) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-@click.command(help=__doc__)
-@click.option("--task", type=click.Choice(list(PLANS)), default="digits", show_default=True, help="Which data.")
-@click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Processes, of a thread each.")
-@out_option
-def main(task: str, workers: int, out: Path) -> None:
-    from snell.bench.paper.gates_tasks import measuring
-
-    plan = PLANS[task]
-    with measuring(task, workers) as (settings, measure):
-        document = {"task": task, "settings": settings, "plan": asdict(plan), "rows": run(plan, measure)}
-    written = write(out, NAMES[task], document, benchmark="gates")
-    draw(written.with_suffix(".png"), document)
-
-
-if __name__ == "__main__":
-    main()
+def measure(task: str, workers: int) -> dict[str, Any]:
+    """The task's plan, carried out."""
+    with measuring(task, workers) as (settings, measured):
+        rows = try_all(PLANS[task], measured)
+    return {"file": FILES[task], "task": task, "settings": settings, "plan": asdict(PLANS[task]), "rows": rows}

@@ -1,173 +1,119 @@
-"""The gates' results as Markdown and as a picture."""
+"""What the gates' experiment shows of its results."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-
-from snell.bench.record import made_by
+from snell.bench.names import METHODS
+from snell.bench.report import (
+    Cell,
+    Columns,
+    Document,
+    Panel,
+    Series,
+    fill,
+    made_by,
+    picture,
+    standard_error,
+    table,
+    with_error,
+)
 from snell.spec import DEFAULT_SCALES
-
-__all__ = ["WORKING", "draw", "report", "standard_error", "sweep", "working_rates"]
 
 #: A rate works where validation accuracy is at most this many points below that of LoRA's best rate.
 WORKING = 5.0
-COLOURS = {"soft": "#1f77b4", "magnitude": "#2a9d5c", "hard": "#8e44ad", "LoRA": "#e08e45"}
+COLOURS = {"soft": METHODS["snell"].colour, "magnitude": "#2a9d5c", "hard": "#8e44ad", "LoRA": METHODS["lora"].colour}
 
 Row = dict[str, Any]
 
 
-def standard_error(values: Sequence[float]) -> float:
-    """Sample standard deviation of the values' mean."""
-    return stdev(values) / math.sqrt(len(values))
-
-
-def _with_error(values: Sequence[float], sign: str = "") -> str:
-    return f"{fmean(values):{sign}.1f} ± {standard_error(values):.1f}"
-
-
-def lora_row(rows: Sequence[Row]) -> Row:
-    return next(row for row in rows if row["scale"] is None)
-
-
 def reference_rows(rows: Sequence[Row]) -> list[Row]:
     """LoRA, then every gate at every scale at the sparsity where scales were compared: the first of all gates' rows."""
-    sparsity = next(row["sparsity"] for row in rows if row["scale"] is not None)
-    return [row for row in rows if row["scale"] is None or row["sparsity"] == sparsity]
+    return [row for row in rows if row["scale"] is None or row["sparsity"] == rows[1]["sparsity"]]
 
 
 def sweep(rows: Sequence[Row]) -> dict[tuple[str, float], list[Row]]:
     """For each gate and the scale it was swept at: its rows by sparsity, that without competition among them."""
-    swept: dict[tuple[str, float], list[Row]] = {}
     reference = reference_rows(rows)
-    for row in rows:
-        if row not in reference and row["gate"] != "none":
-            swept.setdefault((row["gate"], row["scale"]), [])
-    for (gate, scale), found in swept.items():
-        found += [row for row in rows if row["gate"] == "none" or (row["gate"], row["scale"]) == (gate, scale)]
-        found.sort(key=lambda row: row["sparsity"])
-    return swept
+    swept = dict.fromkeys((r["gate"], r["scale"]) for r in rows if r not in reference and r["gate"] != "none")
+    same = {key: [r for r in rows if r["gate"] == "none" or (r["gate"], r["scale"]) == key] for key in swept}
+    return {key: sorted(found, key=lambda row: row["sparsity"]) for key, found in same.items()}
 
 
 def working_rates(row: Row, rows: Sequence[Row]) -> list[float]:
-    """The rates at which the row's validation accuracy is not far below that of LoRA at its best."""
-    bar = max(map(fmean, lora_row(rows)["validation"])) - WORKING
+    """The rates at which the row's validation accuracy is not far below that of LoRA, the first row, at its best."""
+    bar = max(map(fmean, rows[0]["validation"])) - WORKING
     return [rate for rate, tried in zip(row["rates"], row["validation"], strict=True) if fmean(tried) >= bar]
 
 
 def _rates_table(rows: Sequence[Row], rates: Sequence[float]) -> str:
     """Validation accuracy by rate, and the test's verdict."""
-    lora = lora_row(rows)
-    lines = [
-        f"| gate | scale | {' | '.join(f'{rate:g}' for rate in rates)} | rates that work | test | test - LoRA's |",
-        "|---" * (5 + len(rates)) + "|",
-    ]
-    for row in reference_rows(rows):
-        means = [
-            f"**{fmean(v):.1f}**" if r == row["rate"] else f"{fmean(v):.1f}"
-            for r, v in zip(rates, row["validation"], strict=True)
-        ]
-        works = ", ".join(f"{rate:g}" for rate in working_rates(row, rows)) or "none"
-        differences = [ours - theirs for ours, theirs in zip(row["test"], lora["test"], strict=True)]
-        lines.append(
-            f"| {row['gate']} | {'' if row is lora else format(row['scale'], 'g')} | {' | '.join(means)} | {works} "
-            f"| {_with_error(row['test'])} | {'' if row is lora else _with_error(differences, '+')} |"
-        )
-    return "\n".join(lines)
+    lora = rows[0]
+
+    def accuracy(rate: float) -> Cell:
+        def cell(row: Row) -> str:
+            mean = f"{fmean(row['validation'][row['rates'].index(rate)]):.1f}"
+            return f"**{mean}**" if rate == row["rate"] else mean
+
+        return cell
+
+    def difference(row: Row) -> str:
+        pairs = zip(row["test"], lora["test"], strict=True)
+        return "" if row is lora else with_error([ours - theirs for ours, theirs in pairs], "+")
+
+    columns: Columns = [("gate", "{gate}"), ("scale", lambda row: "" if row is lora else f"{row['scale']:g}")]
+    columns += [(f"{rate:g}", accuracy(rate)) for rate in rates]
+    columns.append(("rates that work", lambda row: ", ".join(f"{r:g}" for r in working_rates(row, rows)) or "none"))
+    return table([*columns, ("test", "{test:error}"), ("test - LoRA's", difference)], reference_rows(rows))
 
 
-def _sparsity_table(swept: dict[tuple[str, float], list[Row]]) -> str:
-    """Test accuracy and chosen rate, a line each sparsity."""
-    lines = [
-        f"| sparsity | {' | '.join(f'{gate}, scale {scale:g}' for gate, scale in swept)} |",
-        "|---" * (1 + len(swept)) + "|",
-    ]
-    for same in zip(*swept.values(), strict=True):
-        cells = [f"{_with_error(row['test'])} ({row['rate']:g})" for row in same]
-        lines.append(f"| {same[0]['sparsity']:g} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def report(document: dict[str, Any]) -> str:
+def report(document: Document) -> str:
     """The results file as Markdown."""
     rows, plan = document["rows"], document["plan"]
-    sparsity = reference_rows(rows)[-1]["sparsity"]
     parts = [
-        f"Sparsity {sparsity:g}: accuracy on validation data by learning rate, % (mean of {len(plan['selection'])} "
-        f"draws of labels; **bold** the rate it chooses; a rate works within {WORKING:g} points of LoRA's best), and "
-        f"on test data at that rate (mean of {len(plan['judging'])} other draws ± its standard error):",
+        f"Sparsity {rows[1]['sparsity']:g}: accuracy on validation data by learning rate, % (mean of "
+        f"{len(plan['selection'])} draws of labels; **bold** the rate it chooses; a rate works within {WORKING:g} "
+        f"points of LoRA's best), and on test data at that rate (mean of {len(plan['judging'])} other draws ± its "
+        "standard error):",
         _rates_table(rows, plan["rates"]),
     ]
     if swept := sweep(rows):
+        columns: Columns = [("sparsity", lambda same: f"{same[0]['sparsity']:g}")]
+        for i, (gate, scale) in enumerate(swept):
+            columns.append((f"{gate}, scale {scale:g}", lambda same, i=i: fill("{test:error} ({rate:g})", same[i])))
         parts += [
             "Test accuracy by sparsity, %, each gate at the scale and each cell at the (rate) that validation chose; "
             f"at sparsity 0 nothing competes, and the scale is {DEFAULT_SCALES['none']:g}:",
-            _sparsity_table(swept),
+            table(columns, zip(*swept.values(), strict=True)),
         ]
     return "\n\n".join([*parts, made_by(document)])
 
 
-def _draw_sweep(axes: Axes, rows: Sequence[Row]) -> None:
-    swept = sweep(rows)
-    for offset, ((gate, scale), same) in enumerate(swept.items()):
-        axes.errorbar(
-            [x + 0.07 * (offset - 1) for x in range(len(same))],
-            [fmean(row["test"]) for row in same],
-            [standard_error(row["test"]) for row in same],
-            color=COLOURS[gate],
-            marker="o",
-            capsize=3,
-            label=f"{gate}, scale {scale:g}",
-        )
-    lora = lora_row(rows)["test"]
-    axes.axhline(fmean(lora), color=COLOURS["LoRA"], linestyle="--", label="LoRA (PEFT)")
-    low, high = fmean(lora) - standard_error(lora), fmean(lora) + standard_error(lora)
-    axes.axhspan(low, high, color=COLOURS["LoRA"], alpha=0.15, linewidth=0)
-    sparsities = [row["sparsity"] for row in next(iter(swept.values()))]
-    axes.set_xticks(range(len(sparsities)), [f"{sparsity:g}" for sparsity in sparsities])
-    axes.set_xlabel("sparsity (share of dW's entries that are zero)")
-    axes.set_ylabel("test accuracy, %")
-    axes.set_title("by sparsity, each at its best rate (bars: standard error)", loc="left", fontsize=11)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-
-
-def _draw_rates(axes: Axes, rows: Sequence[Row], rates: Sequence[float]) -> None:
-    shown = reference_rows(rows)
-    means = [[fmean(tried) for tried in row["validation"]] for row in shown]
-    best = max(map(max, means))
-    axes.imshow(means, cmap="viridis", aspect="auto", vmax=best)
-    for y, (row, line) in enumerate(zip(shown, means, strict=True)):
-        for x, (rate, mean) in enumerate(zip(rates, line, strict=True)):
-            chosen = rate == row["rate"]
-            colour = "white" if mean < 0.7 * best else "black"
-            axes.text(
-                x, y, f"{mean:.0f}", ha="center", va="center", color=colour, fontsize=11 if chosen else 9,
-                fontweight="bold" if chosen else "normal",
-            )  # fmt: skip
-    names = [row["gate"] if row["scale"] is None else f"{row['gate']}, {row['scale']:g}" for row in shown]
-    axes.set_yticks(range(len(shown)), names)
-    axes.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
-    axes.set_xlabel("learning rate")
-    axes.set_ylabel("gate, scale")
-    axes.set_title(
-        f"sparsity {shown[-1]['sparsity']:g}: validation accuracy, % (bold: chosen)", loc="left", fontsize=11
-    )
-
-
-def draw(path: Path, document: dict[str, Any]) -> None:
-    """Accuracy against sparsity, where that was swept, and against the learning rate."""
-    rows = document["rows"]
-    panels = 2 if sweep(rows) else 1
-    figure = Figure(figsize=(6.5 * panels, 5), layout="constrained")
-    axes = figure.subplots(1, panels, squeeze=False)[0]
-    if panels == 2:
-        _draw_sweep(axes[0], rows)
-    _draw_rates(axes[-1], rows, document["plan"]["rates"])
-    figure.savefig(path, dpi=130)
+def draw(path: Path, document: Document) -> None:
+    """Test accuracy against sparsity, where that was swept, and validation accuracy against the learning rate."""
+    rows, panels = document["rows"], []
+    if swept := sweep(rows):
+        lora, sparsities = rows[0]["test"], [row["sparsity"] for row in next(iter(swept.values()))]
+        level = [[fmean(lora) + sign * standard_error(lora)] * len(sparsities) for sign in (0, -1, 1)]
+        series = [Series(level[0], None, *METHODS["lora"], "--", band=level[1:])]
+        for i, ((gate, scale), same) in enumerate(swept.items()):
+            x = [place + 0.07 * (i - 1) for place in range(len(same))]
+            means, errors = ([of(row["test"]) for row in same] for of in (fmean, standard_error))
+            series.append(Series(means, x, f"{gate}, scale {scale:g}", COLOURS[gate], "o-", errors))
+        title = "test accuracy, %, each at its best rate\n(bars and band: standard error over draws of labels)"
+        ticks = {i: f"{sparsity:g}" for i, sparsity in enumerate(sparsities)}
+        panels.append(Panel(title, series, "sparsity (share of dW's entries that are zero)", ticks=ticks, legend={}))
+    series, looks = [], iter("v^o" * 3)
+    for row in reference_rows(rows):
+        plain = row["scale"] is None
+        label, look = ("LoRA", "s--") if plain else (f"{row['gate']}, {row['scale']:g}", f"{next(looks)}-")
+        series.append(Series([*map(fmean, row["validation"])], row["rates"], label, COLOURS[row["gate"]], look))
+    sparsity = rows[1]["sparsity"]
+    title = f"validation accuracy at sparsity {sparsity:g}, %, by gate and scale\n(means over draws of labels)"
+    ticks = {rate: f"{rate:g}" for rate in document["plan"]["rates"]}
+    panels.append(Panel(title, series, "learning rate", log="x", ticks=ticks, ylim=(0, None), legend={"ncols": 2}))
+    task = {"digits": "a small ViT on digits", "text": "MiniLM on docstrings"}[document["task"]]
+    picture(path, f"Gates, scales and learning rates: {task}", [panels], height=5.2)

@@ -11,20 +11,19 @@ of the resident set over the same step stands beside it, which also sees the scr
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-import click
 import torch
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from snell.bench.footprint import counted_peak_bytes, step_peaks, trained
-from snell.bench.methods import METHODS, SPARSITY, quiet_libraries
-from snell.bench.record import device_option, made_by, markdown, out_option, write
-from snell.bench.tuned import Tuned
-from snell.bench.workloads import VITS, Workload, vit
+from snell.bench.contenders import SPARSITY, quiet_libraries
+from snell.bench.memory import counted_peak_bytes, step_peaks, trained
+from snell.bench.names import METHODS, VITS
+from snell.bench.report import Columns, Document, Panel, Series, made_by, picture, plain_table, table
+from snell.bench.workloads import Training, Workload, vit
 
 RANK, IMAGES = 8, 8
 
@@ -32,106 +31,84 @@ RANK, IMAGES = 8, 8
 PAPER = {"ViT-B/16": 1.082, "ViT-L/16": 1.045, "ViT-H/14": 1.039}
 TARGET = 1.01
 
-#: The parts of a step's memory, as they are called in a table; bottom to top in the picture.
+#: The parts of a step's memory, as they are called in a table, and their colours; bottom to top in the picture.
 PARTS = {
-    "model_bytes": "model",
-    "optimizer_bytes": "optimizer state",
-    "gradient_bytes": "gradients",
-    "saved_bytes": "saved for backward",
-    "other_bytes": "else at the peak",
+    "model_bytes": ("model", "#5f6b7a"),
+    "optimizer_bytes": ("optimizer state", "#8172b3"),
+    "gradient_bytes": ("gradients", "#c44e52"),
+    "saved_bytes": ("saved for backward", "#1f77b4"),
+    "other_bytes": ("else at the peak", "#e08e45"),
 }
-COLOURS = ("#5f6b7a", "#8172b3", "#c44e52", "#1f77b4", "#e08e45")
+
+Results = Mapping[str, Mapping[str, Mapping[str, Any]]]
 
 
-def measure(method: str, workload: Workload, device: str, rank: int) -> dict[str, int | None]:
+def measure_one(method: str, workload: Workload, device: str) -> dict[str, Any]:
     """Bytes by part and in all, and on a CPU the growth of the resident set; the workload's model is used up."""
-    tuned = Tuned(method, workload.model, workload.batch, rank, keep_gradients=True)
-    entry: dict[str, int | None] = {**tuned.held()}
-    gradients = sum(parameter.grad.nbytes for parameter in trained(tuned.model) if parameter.grad is not None)
-    peaks = step_peaks(tuned.step, device)
-    parts = {"gradient_bytes": gradients, "other_bytes": peaks["extra_peak_bytes"] - entry["saved_bytes"]}
-    total = sum((entry | parts)[part] for part in PARTS)
-    return entry | parts | peaks | {"total_bytes": total}
+    training = Training(method, workload, RANK, keep_gradients=True)
+    entry: dict[str, Any] = {**training.held()}
+    entry["gradient_bytes"] = sum(p.grad.nbytes for p in trained(training.model) if p.grad is not None)
+    entry |= step_peaks(training.step, device)
+    entry["other_bytes"] = entry["extra_peak_bytes"] - entry["saved_bytes"]
+    return entry | {"total_bytes": sum(entry[part] for part in PARTS)}
 
 
-def table(results: dict[str, dict[str, Any]]) -> str:
-    """A Markdown table, one row a model and method."""
-    mib = [f"{name}, MiB" for name in (*PARTS.values(), "in all", "resident set's growth in the step")]
+def measure(device: str, model: Sequence[str] = (), method: Sequence[str] = (), **sizes: Any) -> dict[str, Any]:
+    """The chosen transformers of :data:`VITS`, their sizes changed by ``sizes``."""
+    quiet_libraries()
+    results: dict[str, dict[str, Any]] = {}
+    counted_peak_bytes(lambda: None)  # the profiler's own start is not to be seen in the first model's resident set
+    for name, one in tqdm(list(product(model or VITS, dict.fromkeys(("lora", "snell", *method)))), unit="model"):
+        torch.manual_seed(0)
+        results.setdefault(name, {})[one] = measure_one(one, vit(name, device, IMAGES, **sizes), device)
+    settings = {"rank": RANK, "images": IMAGES, "sparsity": SPARSITY}
+    return {"file": f"memory-{device}", "settings": settings, "models": results}
+
+
+def _rows(results: Results) -> list[dict[str, Any]]:
+    """A row a model and method, in MiB."""
     rows = []
     for model, methods in results.items():
         for method, entry in methods.items():
-            row = [model, METHODS[method].label]
-            for key in (*PARTS, "total_bytes", "resident_extra_peak_bytes"):
-                row.append("-" if entry[key] is None else f"{entry[key] / 2**20:,.1f}")
-            rows.append([*row, f"{entry['total_bytes'] / methods['lora']['total_bytes']:.4f}"])
-    return markdown(("model", "method", *mib, "of LoRA's"), rows)
+            mib = {key: None if count is None else count / 2**20 for key, count in entry.items()}
+            of_lora = entry["total_bytes"] / methods["lora"]["total_bytes"]
+            rows.append({"model": model, "method": METHODS[method].label, "of_lora": of_lora, **mib})
+    return rows
 
 
-def verdict(results: dict[str, dict[str, Any]]) -> str:
+def verdict(results: Results) -> str:
     """SNELL's memory over LoRA's beside the paper's and the target."""
     rows = []
     for model, methods in results.items():
         ratio = methods["snell"]["total_bytes"] / methods["lora"]["total_bytes"]
         rows.append([model, f"{PAPER[model]:.3f}", f"{ratio:.4f}", "yes" if ratio <= TARGET else "**no**"])
-    return markdown(("SNELL-8 over LoRA-8", "paper, Table A12", "here", f"at most {TARGET}"), rows)
+    return plain_table(("SNELL-8 over LoRA-8", "paper, Table A12", "here", f"at most {TARGET}"), rows)
 
 
-def draw(path: Path, results: dict[str, dict[str, Any]]) -> None:
-    """Bars of the parts, one a model and method."""
-    bars = [(model, method, entry) for model, methods in results.items() for method, entry in methods.items()]
-    figure = Figure(figsize=(2.5 + 1.5 * len(bars), 5.4), layout="constrained")
-    axes = figure.subplots()
-    bottoms = [0.0] * len(bars)
-    for (part, label), colour in zip(PARTS.items(), COLOURS, strict=True):
-        heights = [entry[part] / 2**30 for _, _, entry in bars]
-        axes.bar(range(len(bars)), heights, 0.7, bottoms, color=colour, label=label)
-        bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
-    for place, (model, _, entry) in enumerate(bars):
-        ratio = entry["total_bytes"] / results[model]["lora"]["total_bytes"]
-        axes.text(place, bottoms[place], f"{bottoms[place]:.2f} GiB\n{ratio:.3f} of LoRA's", ha="center", va="bottom")
-    axes.set_xticks(range(len(bars)), [f"{model}\n{METHODS[method].label}" for model, method, _ in bars])
-    axes.set_ylim(0, max(bottoms) * 1.15)
-    axes.set_ylabel("memory of a training step, GiB")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside upper center", ncols=len(PARTS), frameon=False)
-    figure.savefig(path, dpi=130)
+COLUMNS: Columns = [
+    ("model", "{model}"),
+    ("method", "{method}"),
+    *((f"{name}, MiB", f"{{{part}:,.1f}}") for part, (name, _) in PARTS.items()),
+    ("in all, MiB", "{total_bytes:,.1f}"),
+    ("resident set's growth in the step, MiB", "{resident_extra_peak_bytes:,.1f}"),
+    ("of LoRA's", "{of_lora:.4f}"),
+]
 
 
-def report(document: dict[str, Any]) -> str:
+def report(document: Document) -> str:
     """The results file as Markdown."""
     results = document["models"]
-    return f"{verdict(results)}\n\n{table(results)}\n\n{made_by(document)}"
+    return f"{verdict(results)}\n\n{table(COLUMNS, _rows(results))}\n\n{made_by(document)}"
 
 
-def run(
-    names: Iterable[str], methods: Iterable[str], device: str, out: Path, **sizes: Any
-) -> dict[str, dict[str, Any]]:
-    """Measure transformers of :data:`VITS`, their sizes changed by ``sizes``; results and picture go to ``out``."""
-    quiet_libraries()
-    cases = [(name, method) for name in names for method in dict.fromkeys(("lora", "snell", *methods))]
-    results: dict[str, dict[str, Any]] = {}
-    counted_peak_bytes(lambda: None)  # the profiler's own start is not to be seen in the first model's resident set
-    with tqdm(cases, unit="model") as bar:
-        for name, method in bar:
-            bar.set_postfix_str(f"{name}, {method}")
-            torch.manual_seed(0)
-            workload = vit(name, device, IMAGES, **sizes)
-            results.setdefault(name, {})[method] = measure(method, workload, device, RANK)
-    click.echo(f"{verdict(results)}\n\n{table(results)}")
-    settings = {"rank": RANK, "images": IMAGES, "sparsity": SPARSITY}
-    path = write(out, f"memory-{device}", {"settings": settings, "models": results}, benchmark="memory", device=device)
-    draw(path.with_suffix(".png"), results)
-    return results
-
-
-@click.command(help=__doc__)
-@device_option
-@click.option("--model", type=click.Choice(list(VITS)), multiple=True, help="May be repeated; all unless given.")
-@click.option("--method", type=click.Choice(list(METHODS)), multiple=True, help="One more method; may be repeated.")
-@out_option
-def main(device: str, model: tuple[str, ...], method: tuple[str, ...], out: Path) -> None:
-    run(model or VITS, method, device, out)
-
-
-if __name__ == "__main__":
-    main()
+def draw(path: Path, document: Document) -> None:
+    """Bars of the parts, one a model and method."""
+    rows = _rows(document["models"])
+    bottom, series = [0.0] * len(rows), []
+    for part, (name, colour) in PARTS.items():
+        heights = [row[part] / 1024 for row in rows]
+        series.append(Series(heights, None, name, colour, bars=0.7, bottom=bottom))
+        bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
+    ticks = {i: f"{row['model']}\n{row['method']}\n{row['of_lora']:.3f} of LoRA's" for i, row in enumerate(rows)}
+    panel = Panel("rank 8, batch of 8 images, float32, AdamW", series, ylabel="GiB", ticks=ticks)
+    picture(path, "Memory of a training step, by part", [[panel]], 2.5 + 1.3 * len(rows), 5.4)

@@ -10,25 +10,26 @@ rate by the validation images over some draws of labels; other draws, the same f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from statistics import fmean
+from functools import partial
 from typing import Any, NamedTuple
 
-import click
-from torch import nn
+import torch
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from snell import SnellLinear
-from snell.bench import demo
-from snell.bench.demo_data import load_domains
-from snell.bench.demo_methods import METHODS, Method, map_backbone
-from snell.bench.demo_training import accuracy, num_trainable
-from snell.bench.paper.dense import DenseUpdate
-from snell.bench.paper.sparsify_report import draw, report, tables
-from snell.bench.record import out_option, write
-from snell.spec import KERNEL_FUNCTIONS
+from snell import SnellLinear, reference
+from snell.bench import digits
+from snell.bench.contenders import replaced
+from snell.bench.digits import Transfer, linear_probe
+from snell.bench.memory import num_trained
+from snell.bench.paper.sparsify_report import draw, report
+from snell.bench.protocol import judged
+from snell.kernel_functions import KERNEL_FUNCTIONS
+
+__all__ = ["draw", "measure", "report"]
 
 #: Learning rates to choose from: half decades around what a first look, with other draws, found best.
 RATES = {
@@ -46,6 +47,38 @@ COMPETING_RATES = {
 }
 #: Scales of the kernelised merge where it competes: those at which LoRA's rates train it (``snell bench gates``).
 COMPETING_SCALES = {"hard": 1.0, "soft": 3.0}
+
+
+class DenseUpdate(nn.Module):
+    """A frozen linear layer plus a trainable matrix dW of its size, whose largest entries survive (the hard gate).
+
+    Args:
+        linear: the layer; its weight ``[m, n]`` and bias are shared and frozen.
+        sparsity: share of dW's entries that are zero, in [0, 1).
+        straight_through: whether losers get the gradient of their entry too, as if they had survived. Otherwise the
+            gate counts as a constant, as in SNELL; but where factors are shared by a row, losers here never move.
+    """
+
+    #: Standard deviation of the matrix at the start. It cannot be 0: entries that tie with the threshold lose.
+    START = 1e-3
+
+    def __init__(self, linear: nn.Linear, *, sparsity: float, straight_through: bool = False) -> None:
+        super().__init__()
+        self.base, self.sparsity, self.straight_through = linear.requires_grad_(False), sparsity, straight_through
+        self.update = nn.Parameter(self.START * torch.randn_like(linear.weight))
+
+    def delta_weight(self) -> Tensor:
+        """Dense dW ``[m, n]``, losers zero."""
+        losers = math.ceil(self.sparsity * self.update.numel())
+        if not losers:
+            return self.update
+        tau = self.update.detach().abs().flatten().kthvalue(losers).values
+        survivors = self.update * reference.gate_values(self.update, tau, gate="hard")
+        return self.update + (survivors - self.update).detach() if self.straight_through else survivors
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., n] -> [..., m]``."""
+        return nn.functional.linear(x, self.base.weight + self.delta_weight(), self.base.bias)
 
 
 @dataclass(frozen=True)
@@ -79,15 +112,14 @@ class Contender(NamedTuple):
 
     def build(self, pretrained: nn.Module) -> nn.Module:
         """The pre-trained network, frozen, with this update in every linear layer and a new head."""
-        model = METHODS[0].build(pretrained)  # the linear probe
-        return model if self.matrix == "none" else map_backbone(model, nn.Linear, self.layer)
+        model = linear_probe(pretrained)
+        return model if self.matrix == "none" else replaced(model, self.layer)
 
-    def method(self) -> Method:
-        """The same as the demonstration takes it."""
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """The learning rates to choose from."""
         rates = RATES[self.matrix]
-        if self.sparsity:
-            rates = COMPETING_RATES.get((self.matrix, self.gate), rates)
-        return Method(" ".join(str(part) for part in self if part is not None), self.build, rates)
+        return COMPETING_RATES.get((self.matrix, self.gate), rates) if self.sparsity else rates
 
 
 def contenders(settings: Settings, rank: int = 8) -> list[Contender]:
@@ -100,48 +132,18 @@ def contenders(settings: Settings, rank: int = 8) -> list[Contender]:
     return [*dense, *ranked, Contender("piecewise_linear", rank, sparse, "soft")]
 
 
-def evaluate(transfer: demo.Transfer, contender: Contender, settings: Settings) -> dict[str, Any]:
-    """One row: the learning rate that validation chose, and the test accuracies at it, in percent."""
-    method, domains = contender.method(), transfer.domains
-    judged = range(settings.judging)
+def measure(settings: Settings | None = None, chosen: Sequence[Contender] | None = None) -> dict[str, Any]:
+    """Every contender's row, of one pre-trained network."""
+    settings = settings or Settings()
+    chosen = chosen or contenders(settings)
+    judging = range(settings.judging)
     choosing = range(settings.judging, settings.judging + settings.choosing)
-
-    def accuracies(rate: float, seeds: Sequence[int], images: Any) -> list[float]:
-        return [accuracy(transfer.tuned(method, rate, seed), images) for seed in seeds]
-
-    trials = {rate: fmean(accuracies(rate, choosing, domains.target_validation)) for rate in method.learning_rates}
-    best = max(trials, key=trials.__getitem__)
-    return {
-        **contender._asdict(),
-        "trainable": num_trainable(method.build(transfer.pretrained)),
-        "trials": [{"rate": rate, "validation": found} for rate, found in trials.items()],
-        "learning_rate": best,
-        "accuracies": accuracies(best, judged, domains.target_test),
-    }
-
-
-def run(settings: Settings, chosen: Sequence[Contender] | None = None) -> list[dict[str, Any]]:
-    """Every row, of one pre-trained network."""
-    chosen = contenders(settings) if chosen is None else chosen
-    tunings = sum(settings.choosing * len(c.method().learning_rates) + settings.judging for c in chosen)
-    shared = demo.Settings(pretraining_steps=settings.pretraining_steps, steps=settings.steps)
+    tunings = sum(settings.choosing * len(contender.rates) + settings.judging for contender in chosen)
+    shared = digits.Settings(pretraining_steps=settings.pretraining_steps, steps=settings.steps)
+    rows = []
     with tqdm(total=shared.pretraining_steps + settings.steps * tunings, unit="step", mininterval=1) as bar:
-        transfer = demo.Transfer(load_domains(), shared, bar)
-        return [evaluate(transfer, contender, settings) for contender in chosen]
-
-
-@click.command(help=__doc__)
-@out_option
-def main(out: Path) -> None:
-    settings = Settings()
-    results = run(settings)
-    write(out, "sparsify", {"settings": asdict(settings), "results": results})
-    click.echo(tables(results))
-    draw(out / "sparsify.png", results)
-
-
-__all__ = ["Contender", "Settings", "contenders", "evaluate", "main", "report", "run"]
-
-
-if __name__ == "__main__":
-    main()
+        transfer = Transfer(shared, bar)
+        for one in chosen:
+            row = judged(partial(transfer.accuracies, one.build), one.rates, choosing, judging)
+            rows.append(one._asdict() | {"trainable": num_trained(one.build(transfer.pretrained))} | row)
+    return {"settings": asdict(settings), "results": rows}

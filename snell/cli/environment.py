@@ -15,6 +15,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from snell import backends, native
+from snell.cli.machine import machine_facts
 
 OK, NOTE, PROBLEM = "ok", "note", "problem"
 
@@ -48,8 +49,6 @@ def has_nvidia_gpu() -> bool:
 
 def machine() -> Iterator[Finding]:
     """Processor and GPUs."""
-    from snell.bench.machine import machine_facts
-
     facts = machine_facts()
     cores = f"{facts['cores']} cores, {facts['threads']} of them for torch"
     yield Finding("machine", "processor", OK, f"{facts['cpu'] or platform.machine()}, {cores}")

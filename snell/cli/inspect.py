@@ -15,7 +15,7 @@ from pathlib import Path
 
 import click
 
-from snell.bench.record import out_option
+from snell.cli.options import out_option
 
 
 @click.command(help=__doc__)

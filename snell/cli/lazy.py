@@ -26,8 +26,11 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self.modules:
             return super().get_command(ctx, cmd_name)
+        module = self.modules[cmd_name]
+        if module.startswith("snell.bench"):
+            return importlib.import_module("snell.bench.commands").command(cmd_name, module)
         try:
-            command: click.Command = importlib.import_module(self.modules[cmd_name]).main
+            command: click.Command = importlib.import_module(module).main
         except ImportError as error:
             self._ask_for_extra(error, ctx, cmd_name)
             raise

@@ -12,10 +12,9 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
 from snell import SnellLinear
-from snell.bench.demo import Settings, reload_merged, run
-from snell.bench.demo_data import CLASSES, Images, draw_few, load_domains
-from snell.bench.demo_methods import METHODS, RANK, new_vit, shown_layer, weight_change
-from snell.bench.demo_training import costs, num_trainable, train
+from snell.bench.digits import CLASSES, RANK, Images, draw_few, load_domains, new_vit, shown_layer, train
+from snell.bench.experiments.demo import METHODS, Settings, costs, reload_merged, run, weight_change
+from snell.bench.memory import num_trained
 
 BY_NAME = {method.name: method for method in METHODS}
 
@@ -60,7 +59,7 @@ def test_few_labels_are_as_many_of_each_digit_and_differ_with_the_seed(domains):
 
 
 def test_every_method_tries_as_many_learning_rates():
-    assert len({len(method.learning_rates) for method in METHODS}) == 1
+    assert len({len(method.rates) for method in METHODS}) == 1
 
 
 def test_methods_train_what_they_say():
@@ -74,13 +73,13 @@ def test_methods_train_what_they_say():
         "LoRA (PEFT)": low_rank + head,
         "SNELL": low_rank + head,
     }
-    assert {name: num_trainable(method.build(pretrained)) for name, method in BY_NAME.items()} == expected
+    assert {name: num_trained(method.build(pretrained)) for name, method in BY_NAME.items()} == expected
 
 
 def test_training_leaves_the_frozen_backbone_alone(domains):
     pretrained = new_vit()
     model = BY_NAME["SNELL"].build(pretrained)
-    train(model, domains.target_pool, lr=0.1, steps=3, seed=0)
+    train(model, domains.target_pool, rate=0.1, steps=3, seed=0)
     frozen = dict(pretrained.named_parameters())
     compared = [name for name, p in model.named_parameters() if name in frozen and "classifier" not in name]
     assert len(compared) == len(frozen) - 2
@@ -94,9 +93,9 @@ def test_saved_bytes_count_each_storage_once_and_no_parameter():
     # cross entropy keeps its log-probabilities, the labels and one number for their weights' sum.
     body = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, CLASSES))
     expected = 4 * 5 * (64 + 32 + CLASSES) + 8 * 5 + 4
-    [(saved, seconds)] = costs([Head(body)], batch, repetitions=1)
-    assert saved == expected
-    assert seconds > 0
+    cost = costs({"": Head(body)}, batch, repetitions=1)[""]
+    assert cost["saved_bytes"] == expected
+    assert cost["step_seconds"] > 0
 
 
 def test_the_shown_update_is_what_the_layer_adds(domains):
@@ -105,7 +104,7 @@ def test_the_shown_update_is_what_the_layer_adds(domains):
     x = torch.randn(3, 64)
     for name in ("full fine-tuning", "LoRA (PEFT)", "SNELL"):
         model = BY_NAME[name].build(pretrained)
-        train(model, domains.target_pool, lr=0.03, steps=2, seed=0)
+        train(model, domains.target_pool, rate=0.03, steps=2, seed=0)
         change = weight_change(model, pretrained, layer)
         tuned = next(m for n, m in model.named_modules() if n.endswith(layer))
         base = pretrained.get_submodule(layer)
@@ -118,7 +117,7 @@ def test_the_shown_update_is_what_the_layer_adds(domains):
 
 def test_a_model_that_loads_wrongly_is_caught(domains, tmp_path, monkeypatch):
     model = BY_NAME["SNELL"].build(new_vit()).eval()
-    train(model, domains.target_pool, lr=0.1, steps=3, seed=0)
+    train(model, domains.target_pool, rate=0.1, steps=3, seed=0)
     assert reload_merged(model, tmp_path, domains.target_test) < 1e-4
     plain = SnellLinear.to_linear
 
@@ -134,17 +133,17 @@ def test_a_model_that_loads_wrongly_is_caught(domains, tmp_path, monkeypatch):
 
 def test_the_demonstration_from_end_to_end(tmp_path, capsys):
     settings = Settings(pretraining_steps=3, steps=2, seeds=(0, 1), timed_steps=1)
-    methods = [method._replace(learning_rates=method.learning_rates[:2]) for method in METHODS]
-    results = run(tmp_path, settings, methods)
+    methods = [method._replace(rates=method.rates[:2]) for method in METHODS]
+    run(tmp_path, settings, methods)
     printed = capsys.readouterr().out
     written = json.loads((tmp_path / "demo.json").read_text())
     assert [row["method"] for row in written["methods"]] == list(BY_NAME)
-    for result, row in zip(results, written["methods"], strict=True):
-        assert result.trials[result.learning_rate] == max(result.trials.values())
-        assert row["mean"] == statistics.fmean(row["accuracies"])
-        assert row["spread"] == statistics.stdev(row["accuracies"])
-        assert f"| {result.method} | {result.mean:.1f} ± {result.spread:.1f} | {result.trainable:,} |" in printed
-        assert result.step_seconds > 0
+    for row in written["methods"]:
+        means = [statistics.fmean(tried) for tried in row["validation"]]
+        assert means[row["rates"].index(row["rate"])] == max(means)
+        mean, spread = statistics.fmean(row["test"]), statistics.stdev(row["test"])
+        assert f"| {row['method']} | {mean:.1f} ± {spread:.1f} | {row['trainable']:,} |" in printed
+        assert row["step_seconds"] > 0
     assert written["reloaded_max_logit_difference"] < 1e-4
     assert (tmp_path / "demo.png").stat().st_size > 10_000
     assert (tmp_path / "demo_model" / "model.safetensors").exists()

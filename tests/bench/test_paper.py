@@ -14,10 +14,12 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
 from snell import SnellLinear, reference
-from snell.bench.demo_methods import new_vit
+from snell.bench.core import draw
+from snell.bench.digits import new_vit
 from snell.bench.paper import fit, matrix_rank, sparsify, sparsify_report
-from snell.bench.paper.dense import DenseUpdate
-from snell.spec import KERNEL_FUNCTIONS, num_zeroed
+from snell.bench.paper.sparsify import DenseUpdate
+from snell.cli import main
+from snell.kernel_functions import KERNEL_FUNCTIONS
 
 FIT = fit.Settings(size=9, ranks=(4,), matrices=3, steps=40, learning_rate=1e-2)
 
@@ -34,7 +36,7 @@ def test_fitting_takes_the_steps_that_autograd_through_the_definition_takes(vari
     A, B = torch.empty(3, 9, 4), torch.empty(3, 9, 4)
     theta = torch.tensor(spec.initial_theta(FIT.scale)).repeat(3, 1)
     for i in range(3):
-        fit.draw(A[i], B[i], theta[i], spec, FIT.scale)
+        draw(A[i], B[i], theta[i], spec, FIT.scale)
     trained = [p.double().requires_grad_() for p in (A, B, theta)]
     optimizer = torch.optim.Adam(trained if KERNEL_FUNCTIONS[variant.kernel].trains_theta else trained[:2], lr=1e-2)
     expected = []
@@ -80,7 +82,7 @@ def test_a_dense_matrix_keeps_exactly_its_largest_entries(sparsity):
     layer = DenseUpdate(nn.Linear(37, 23), sparsity=sparsity)
     delta, entries = layer.delta_weight().detach(), layer.update.detach()
     survivors = delta != 0
-    assert survivors.sum() == entries.numel() - num_zeroed(sparsity, entries.numel())
+    assert survivors.sum() == entries.numel() - math.ceil(sparsity * entries.numel())
     assert torch.equal(delta[survivors], entries[survivors])
     assert entries[survivors].abs().min() > entries[~survivors].abs().max()
 
@@ -118,7 +120,7 @@ def test_every_contender_changes_every_linear_layer_as_it_says():
         assert len(updates) == (0 if contender.matrix == "none" else linears)
         for update in updates:
             delta = update.delta_weight()
-            zeros = num_zeroed(contender.sparsity, delta.numel())
+            zeros = math.ceil(contender.sparsity * delta.numel())
             assert int((delta == 0).sum()) == zeros
             if contender.rank and not zeros:
                 assert update.snell_A.shape[1] == contender.rank
@@ -127,19 +129,19 @@ def test_every_contender_changes_every_linear_layer_as_it_says():
 def test_sparsifying_judges_other_draws_than_it_chooses_by_and_reports_what_it_found():
     settings = sparsify.Settings(steps=1, pretraining_steps=1, choosing=1, judging=2, ranks=(8,))
     chosen = [c for c in sparsify.contenders(settings) if c.matrix in ("linear", "piecewise_linear")]
-    results = json.loads(json.dumps(sparsify.run(settings, chosen)))
+    results = json.loads(json.dumps(sparsify.measure(settings, chosen)["results"]))
     for result in results:
-        assert len(result["accuracies"]) == settings.judging
-        best = max(result["trials"], key=lambda trial: trial["validation"])
-        assert result["learning_rate"] == best["rate"]
+        assert len(result["test"]) == settings.judging
+        means = [statistics.fmean(tried) for tried in result["validation"]]
+        assert means[result["rates"].index(result["rate"])] == max(means)
     text = sparsify_report.tables(results)
     klora = next(r for r in results if (r["matrix"], r["sparsity"]) == ("piecewise_linear", 0.0))
-    assert f"| 73.2 | 74.2 | {statistics.fmean(klora['accuracies']):.1f} ± " in text
+    assert f"| 73.2 | 74.2 | {statistics.fmean(klora['test']):.1f} ± " in text
     assert "| linear (LoRA), r = 8 | 75.1 | 65.7 |" in text
 
 
 def test_a_gain_is_taken_draw_by_draw():
-    without, competing = {"accuracies": [50.0, 70.0, 60.0]}, {"accuracies": [52.0, 73.0, 61.0]}
+    without, competing = {"test": [50.0, 70.0, 60.0]}, {"test": [52.0, 73.0, 61.0]}
     # Differences 2, 3 and 1: their mean is 2, their standard error 1 / sqrt(3); the methods' own are ten times that.
     assert sparsify_report.gain(without, competing) == f"+2.0 ± {1 / math.sqrt(3):.1f}"
     assert sparsify_report.gain(competing, without).startswith("-2.0")
@@ -177,7 +179,7 @@ def test_ranks_of_a_known_spectrum():
 
 def test_the_fit_command_writes_what_it_reports(tmp_path, monkeypatch):
     monkeypatch.setattr(fit, "Settings", lambda **options: FIT)
-    done = CliRunner().invoke(fit.main, ["--out", str(tmp_path)], catch_exceptions=False)
+    done = CliRunner().invoke(main, ["bench", "fit", "--out", str(tmp_path)], catch_exceptions=False)
     document = json.loads((tmp_path / "fit.json").read_text())
     text = fit.report(document)
     for result in document["results"]:

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from snell.bench.footprint import counted_peak_bytes
+from snell.bench import report
+from snell.bench.memory import counted_peak_bytes
+from snell.bench.names import VITS
 from snell.bench.paper import memory
-from snell.bench.workloads import VITS
 
 SIZES = {"hidden_size": 40, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32}
 MODELS = ("ViT-B/16", "ViT-L/16")
@@ -17,7 +18,7 @@ MODELS = ("ViT-B/16", "ViT-L/16")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("memory")
-    memory.run(MODELS, ("published",), "cpu", out, **SIZES)
+    report.publish(out, "memory", memory, memory.measure("cpu", MODELS, ("published",), **SIZES))
     return out
 
 

@@ -5,12 +5,11 @@ from unittest import mock
 
 import torch
 
-from snell.bench.resources import launches, update_of
-from snell.kernels import merge
+from snell.bench import core
+from snell.bench.experiments.resources import launches, update_of
 from snell.kernels.table import TABLE, Row
 
 with mock.patch.dict(TABLE[90], merge=Row(128, 128, 4)):
-    A, B, theta, tau = update_of(32, 2)
-    out = torch.zeros(B.shape[0], A.shape[0])
-    (found,) = launches(merge.merge_out, A, B, theta, tau, None, out, "piecewise_linear", 2, "soft", arch=90)
+    merge = core.kernel_calls(update_of("piecewise_linear", 32, 2), torch.float32)["merge"]
+    (found,) = launches(merge, 90, set())
 print(json.dumps(found))

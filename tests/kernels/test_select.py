@@ -83,7 +83,8 @@ def test_a_group_beyond_the_workspace_goes_in_several_calls(monkeypatch):
 
 
 def test_not_a_number_sorts_largest():
-    A, B, theta, spec = layer = parameters(20, 10, sparsity=0.5)
+    layer = parameters(20, 10, sparsity=0.5)
+    B = layer[1]
     B[:3] = float("nan")
     assert select_thresholds([layer])[0] == magnitudes(layer)[99]
     B[:12] = float("nan")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from small_models import adapted
 
-from snell.bench.kill_lives import SAVES
+from tests.stress.lives import SAVES
 
 
 def save_twice_and_die(folder: Path, save: str, file: str) -> None:

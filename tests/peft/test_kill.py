@@ -12,7 +12,7 @@ from peft import PeftModel
 from small_models import build
 
 from seeds import SEED
-from snell.bench.kill import kill_plain, kill_trainer, newest_folder
+from tests.stress.kill import kill_plain, kill_trainer, newest_folder
 
 KILLS = 4
 

@@ -1,0 +1,163 @@
+"""The layer's operations one by one on a CPU: what each takes beside a copy and a GEMM, and its share of the step.
+
+    snell bench operations
+
+Every operation works in the blocks that the layer works in. Beside it stands the larger of two times measured in the
+same turns: copying the bytes that it must read and write, and a GEMM of as many floating-point instructions. That is a
+yardstick and no bound: a block may lie in a cache, and a GEMM does not reach the machine's peak.
+"""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any, NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from snell import SnellLinear
+from snell.bench import core
+from snell.bench.clock import Step, median_ratio, take_turns
+from snell.bench.experiments.layer import Layers
+from snell.bench.report import Columns, Document, made_by, table
+
+RANK, SPARSITY = 32, 0.9
+
+#: in_features, out_features, tokens.
+SHAPES = ((768, 3072, 1576), (4096, 4096, 512), (4096, 11008, 256))
+
+#: Bytes of the copy that tells the machine's rate: far beyond any cache.
+COPIED = 2**28
+
+
+class Operation(NamedTuple):
+    """One operation over the whole matrix: the bytes that it moves, and the flops that decide and apply it."""
+
+    step: Step
+    moved_bytes: int
+    flops: float
+
+
+def operations(layer: SnellLinear, x: torch.Tensor, grad_y: torch.Tensor) -> dict[str, Operation]:
+    """Those that a step is made of, each with what it does in one step."""
+    update, weight, x = core.of_layer(layer), layer.weight.detach(), x.detach()
+    (m, n), tokens, entries, size = weight.shape, x.shape[0], weight.numel(), weight.element_size()
+    grads, backend = core.Gradients.zeros(update), core.backend(update)
+    rows, columns = core.block_length(n * size, m), core.block_length(m * size, n)
+    workspace = torch.randn(max(rows * n, columns * m)).to(weight.dtype)
+
+    def gemms(count: int) -> Step:
+        products = (lambda: x @ weight.t(), lambda: grad_y @ weight, lambda: grad_y.t() @ x)
+        return lambda: [product() for product in products[:count]]
+
+    def select() -> None:
+        core.forget()
+        core.select(update)
+
+    def merge() -> None:
+        for B, W in zip(update.B.split(rows), weight.split(rows), strict=True):
+            backend.merge(update.with_rows(B), W, workspace[: W.numel()].view(-1, n))
+
+    def survivors() -> None:
+        took = backend.factor_grad_of_tokens(grad_y, x, update, grads)
+        assert took, "the layer would not take the survivors alone either"
+
+    def gradients() -> None:
+        parts = update.A.split(columns), weight.split(columns, 1), grads.A.split(columns)
+        for A, W, dA in zip(*parts, strict=True):
+            G = workspace[: W.numel()].view(m, -1)
+            backend.factor_grad(G, update.with_columns(A), grads.with_columns(dA), W, G)
+
+    # A subtraction and a multiply-add a rank column, each an instruction, as a GEMM's multiply-add of 2 flops is.
+    K = 4 * RANK * entries
+    surviving, factors = (1 - SPARSITY) * entries, 4 * RANK * (m + n)
+    moved = 2 * 4 * RANK * surviving  # one of each, for dA and for dB
+    merging = Operation(merge, 2 * entries * size, K)
+    if weight.dtype == torch.float32:
+        return {
+            "GEMMs: y, dX": Operation(gemms(2), 0, 4 * entries * tokens),
+            "select": Operation(select, factors, K),
+            "merge, forward": merging,
+            "survivors' G and gradients": Operation(survivors, factors, K + 2 * surviving * tokens + moved),
+            "merge, backward": merging,
+        }
+    return {
+        "GEMMs: y, G, dX": Operation(gemms(3), 0, 6 * entries * tokens),
+        "select": Operation(select, factors, K),
+        "merge, forward": merging,
+        "factor_grad with merge": Operation(gradients, 3 * entries * size, K + moved),
+    }
+
+
+def measure_layer(in_features: int, out_features: int, tokens: int, dtype: torch.dtype, turns: int) -> dict[str, Any]:
+    """Times, yardsticks and shares of one layer's operations; ``flop_per_s`` is float32's, which K is computed in."""
+    layer = SnellLinear(in_features, out_features, bias=False, rank=RANK, sparsity=SPARSITY, dtype=dtype)
+    x = torch.randn(tokens, in_features, dtype=dtype).requires_grad_()
+    grad_y = torch.randn(tokens, out_features, dtype=dtype)
+    parts = operations(layer, x, grad_y)
+    source, target = torch.zeros(COPIED, dtype=torch.uint8), torch.empty(COPIED, dtype=torch.uint8)
+    square = torch.randn(1024, 1024)
+    steps: dict[str, Step] = {
+        "whole": Layers(layer, x, grad_y).step,
+        "copy": lambda: target.copy_(source),
+        "product": lambda: square @ square,
+        **{name: part.step for name, part in parts.items()},
+    }
+    take_turns(steps, "cpu", 1)
+    seconds = take_turns(steps, "cpu", turns)
+    byte = [taken / (2 * COPIED) for taken in seconds["copy"]]
+    flop = [taken / (2 * 1024**3) for taken in seconds["product"]]
+    rows = []
+    for name, part in parts.items():
+        yardsticks = [max(part.moved_bytes * b, part.flops * f) for b, f in zip(byte, flop, strict=True)]
+        # GEMMs of the layer's dtype are what the others are a share beside.
+        ratio = None if name.startswith("GEMM") else median_ratio(seconds[name], yardsticks)
+        row = {"operation": name, "seconds": statistics.median(seconds[name])}
+        row |= {"share_of_step": median_ratio(seconds[name], seconds["whole"]), "ratio_to_yardstick": ratio}
+        rows.append(row | {"moved_bytes": part.moved_bytes, "flops": part.flops})
+    return {
+        "in_features": in_features,
+        "out_features": out_features,
+        "tokens": tokens,
+        "dtype": str(dtype).removeprefix("torch."),
+        "seconds": statistics.median(seconds["whole"]),
+        "copy_bytes_per_s": 1 / statistics.median(byte),
+        "flop_per_s": 1 / statistics.median(flop),
+        "operations": rows,
+    }
+
+
+def measure(repetitions: int) -> dict[str, Any]:
+    """All shapes, in both dtypes."""
+    torch.manual_seed(0)
+    cases = [(*shape, dtype) for dtype in (torch.float32, torch.bfloat16) for shape in SHAPES]
+    measured = [measure_layer(*case, repetitions) for case in tqdm(cases, unit="case")]
+    return {"file": "operations-cpu", "settings": {"r": RANK, "s": SPARSITY}, "cases": measured}
+
+
+COLUMNS: Columns = [
+    ("in x out, tokens", "{case[in_features]} x {case[out_features]}, {case[tokens]}"),
+    ("dtype", "{case[dtype]}"),
+    ("operation", "{operation}"),
+    ("time", "{seconds:ms}"),
+    ("of the step", "{share_of_step:.0%}"),
+    ("of a copy or a GEMM", "{ratio_to_yardstick:.2f}"),
+]
+
+
+def report(document: Document) -> str:
+    """The results file as Markdown."""
+    rows = []
+    for case in document["cases"]:
+        rows += [{"case": case, **row} for row in case["operations"]]
+        together = sum(row["seconds"] for row in case["operations"]) / case["seconds"]
+        whole = {"operation": "the layer's step", "seconds": case["seconds"], "share_of_step": together}
+        rows.append({"case": case, "ratio_to_yardstick": None, **whole})
+    copies, flops = (
+        statistics.median(case[key] for case in document["cases"]) / 1e9 for key in ("copy_bytes_per_s", "flop_per_s")
+    )
+    return (
+        f"{table(COLUMNS, rows)}\n\nThe last row of a case is the layer itself, and the share of it that its "
+        f"operations make up. A copy ran at {copies:.0f} GB/s (read and written), a float32 GEMM at {flops:.0f} "
+        f"GFLOP/s. {made_by(document)}"
+    )

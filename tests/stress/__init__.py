@@ -1,0 +1,1 @@
+"""Training under random adapter events and under kills, beside training that nothing happens to."""
