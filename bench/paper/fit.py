@@ -117,7 +117,7 @@ def fit(
         residuals *= 2 / (m * n)
         for parameter in parameters:
             parameter.grad.zero_()
-        for update, grads, G in zip(updates, gradients, residuals, strict=True):
+        for update, grads, G in zip(updates, map(core.Gradients._make, gradients), residuals, strict=True):
             core.backend(update).factor_grad(G, update, grads)
         optimizer.step()
         on_step()

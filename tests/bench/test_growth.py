@@ -36,6 +36,7 @@ from snell.bench.experiments.growth_report import (
     within_tolerance,
 )
 from snell.cli import main
+from snell.update import Update
 
 needs_native = pytest.mark.skipif("cpu" not in backends.AVAILABLE, reason="the counts are the native backend's")
 
@@ -114,18 +115,18 @@ def test_the_work_is_what_the_layer_does(point: Point, monkeypatch: pytest.Monke
 
         monkeypatch.setattr(module, name, spied)
 
-    def entries(A: torch.Tensor, B: torch.Tensor) -> int:
-        return A.shape[0] * B.shape[0]
+    def entries(update: Update) -> int:
+        return math.prod(update.shape)
 
     def gemm(a: torch.Tensor, b: torch.Tensor) -> dict[str, int]:
         return {"gemm": 2 * a.shape[0] * a.shape[1] * b.shape[1]}
 
     spy(torch, "mm", gemm)
     spy(torch, "addmm", lambda _bias, a, b: gemm(a, b))
-    spy(native, "select", lambda A, B, *_: {"select": entries(A, B)})
-    spy(native, "merge", lambda A, B, *_: {"merge": entries(A, B)})
-    spy(native, "factor_grad", lambda _G, A, B, *_: {"fused": entries(A, B)})
-    spy(native, "factor_grad_of_tokens", lambda _dy, _x, A, B, *_: {"list": entries(A, B)})
+    spy(native, "select", lambda A, B, *_: {"select": A.shape[0] * B.shape[0]})
+    spy(native, "merge", lambda update, *_: {"merge": entries(update)})
+    spy(native, "factor_grad", lambda update, *_: {"fused": entries(update)})
+    spy(native, "factor_grad_of_tokens", lambda update, *_: {"list": entries(update)})
     layer = SnellLinear(point.in_features, point.out_features, rank=point.rank, sparsity=point.sparsity)
     x = torch.randn(point.tokens, point.in_features, requires_grad=True)
     competition.forget()
