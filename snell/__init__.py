@@ -1,4 +1,4 @@
-"""Sparse low-rank fine-tuning near LoRA's cost: SNELL's kernelised, competing updates."""
+"""SNELL: sparse fine-tuning with low-rank factors, at about the cost of LoRA."""
 
 from importlib.metadata import version
 

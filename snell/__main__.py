@@ -1,11 +1,11 @@
-"""``python -m snell`` and ``snell``: the command line, where its extra is installed."""
+"""``python -m snell`` and ``snell``: the command line. It needs the ``cli`` extra."""
 
 import importlib.util
 import sys
 
 
 def main() -> None:
-    """Run the command line, or say in a sentence what it needs."""
+    """Run the command line, or exit with a message if click is missing."""
     if importlib.util.find_spec("click") is None:
         sys.exit("snell's command line needs click: pip install 'snell[cli]'")
     from snell.cli import main

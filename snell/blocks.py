@@ -1,9 +1,9 @@
-"""The layer as blocks of library GEMMs around the backend's block operations, written once.
+"""The layer's forward and backward as library GEMMs on blocks of W0 + dW, for every backend.
 
-Forward builds W0 + dW a block of rows at a time and multiplies. Backward goes by blocks of columns, so that every
-entry of dX comes out of one GEMM and is rounded once: first the block's G, then one pass that turns G into factor
-gradients and leaves W0 + dW of the same block, then dX. A backend may take the factors' gradients straight from
-the activations instead, without G. Nothing of size m*n is allocated: the workspace is bounded whatever the layer.
+Forward writes W0 + dW for a block of rows and multiplies. Backward does the following for each block of columns:
+compute G, add the block's share of the factors' gradients and overwrite G with W0 + dW in the same pass, compute dX.
+Each entry of dX comes from one GEMM and is rounded once. A backend may instead compute the factors' gradients from the
+activations, without G. Nothing of size m*n is allocated; the workspace is bounded whatever the layer's size.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from torch import Tensor
 from snell import backends
 from snell.update import Gradients, Update
 
-#: Bytes of workspace a pass may hold. Blocks of this size lose nothing to the GEMM's edges and, on a CPU,
-#: stay in the last-level cache between the pass that writes them and the GEMM that reads them.
+#: Most bytes of workspace of a pass. Blocks of this size are large enough for efficient GEMMs. On a CPU they stay in
+#: the last-level cache between the pass that writes them and the GEMM that reads them.
 WORKSPACE_BYTES = 16 * 2**20
 
-#: The same on a GPU: more, as one block's GEMM has to fill every multiprocessor, but still within the L2 cache (40 MiB
-#: and up), and, with the kernels' own 8 MiB, within 32 MiB.
+#: The same on a GPU. It is larger, because one block's GEMM has to fill every multiprocessor. It still fits in the L2
+#: cache (40 MiB and more), and together with the kernels' own 8 MiB stays within 32 MiB.
 GPU_WORKSPACE_BYTES = 24 * 2**20
 
-#: Blocks are multiples of this many rows or columns where they are not the whole.
+#: A block that is not the whole matrix has a multiple of this many rows or columns.
 BLOCK_MULTIPLE = 64
 
 
 class Needs(NamedTuple):
-    """Which gradients a backward pass is asked for; those of A, B and theta come together."""
+    """Which gradients a backward pass computes. Those of A, B and theta are always computed together."""
 
     x: bool
     weight: bool
@@ -49,19 +49,19 @@ def block_length(bytes_per_line: int, lines: int, device_type: str = "cpu") -> i
 
 
 def _as_matrix(t: Tensor, features: int) -> Tensor:
-    """``[..., features]`` as ``[tokens, features]``; a view where there is one."""
+    """``[..., features]`` as ``[tokens, features]``; a view if possible."""
     return t if t.dim() == 2 else t.reshape(-1, features)
 
 
 def _blocks(length: int, lines: int, *matrices: tuple[Tensor | None, int]) -> Iterable[tuple[Any, ...]]:
-    """The matrices in blocks of ``length`` rows (dim 0) or columns (dim 1), side by side; None stays None."""
+    """Corresponding blocks of all matrices, of ``length`` rows (dim 0) or columns (dim 1); None stays None."""
     if length >= lines:
         return (tuple(matrix for matrix, _ in matrices),)
     return zip(*(repeat(None) if t is None else t.split(length, dim) for t, dim in matrices), strict=False)
 
 
 def _block(workspace: Tensor, weight: Tensor | None, rows: int, cols: int) -> Tensor:
-    """A [rows, cols] block at the head of the workspace, laid out as the weight is (Conv1D's is transposed)."""
+    """A [rows, cols] block at the start of the workspace, with the weight's memory layout (Conv1D's is transposed)."""
     if workspace.numel() != rows * cols:
         workspace = workspace[: rows * cols]
     if weight is not None and weight.stride(1) != 1 and weight.stride(0) == 1:
@@ -70,7 +70,7 @@ def _block(workspace: Tensor, weight: Tensor | None, rows: int, cols: int) -> Te
 
 
 def merge(update: Update, weight: Tensor | None) -> Tensor:
-    """dW or weight + dW, whole."""
+    """The whole of dW or weight + dW."""
     out = torch.empty(update.shape, dtype=(update.A if weight is None else weight).dtype, device=update.A.device)
     backends.of(update.A).merge(update, weight, out)
     return out
@@ -84,7 +84,7 @@ def factor_gradients(G: Tensor, update: Update) -> Gradients:
 
 
 def linear_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, update: Update) -> Tensor:
-    """``y = x (W0 + dW)^T + bias``, or ``x dW^T`` where there is no weight."""
+    """``y = x (W0 + dW)^T + bias``, or ``x dW^T`` without a weight."""
     m, n = update.shape
     y = x.new_empty(*x.shape[:-1], m)
     if not y.numel():
@@ -112,7 +112,7 @@ def linear_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, update
 def linear_backward(
     grad_y: Tensor, x: Tensor | None, weight: Tensor | None, update: Update, needs: Needs
 ) -> list[Tensor]:
-    """The gradients that are needed, of x, weight, bias and (all three) A, B, theta."""
+    """The gradients that are needed, in this order: x, weight, bias, and then A, B and theta together."""
     m, n = update.shape
     dy = _as_matrix(grad_y, m)
     grad_x = dy.new_empty(*grad_y.shape[:-1], n) if needs.x else None

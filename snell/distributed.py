@@ -1,9 +1,9 @@
-"""One update over several processes: tensor parallelism.
+"""Tensor parallelism: one update over several processes.
 
-The weight is split over a process group, by rows (``ColwiseParallel``) or by columns (``RowwiseParallel``);
-its entries still compete over the whole matrix. Every process holds the whole factors, which are small, builds
-its own piece of dW, and adds its counts, its share of the factors' gradients and, where columns are split,
-of the outputs to those of the others. Inputs and outputs are laid out as those two styles do by default.
+The weight is split over a process group, by rows (``ColwiseParallel``) or by columns (``RowwiseParallel``). The
+threshold is still that of the whole matrix. Every process holds the whole factors, which are small, and builds its own
+piece of dW. The counts of a selection, the factors' gradients and, if columns are split, the outputs are summed over
+the processes. Inputs and outputs have the default layouts of those two styles.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class Split(NamedTuple):
 
     @classmethod
     def of(cls, weight: Tensor) -> Split | None:
-        """How a DTensor is split; None for an ordinary tensor, or one that is not split.
+        """How a DTensor is split; None for an ordinary tensor and for a DTensor that is not split.
 
         Raises:
-            ValueError: it is split in another way than over the rows or columns of one group.
+            ValueError: it is not split over the rows or columns of a single group.
         """
         if not isinstance(weight, DTensor):
             return None
@@ -54,9 +54,9 @@ class Split(NamedTuple):
         return self._replace(axis=1 - self.axis)
 
     def update(self, A: Tensor, B: Tensor, theta: Tensor, spec: Spec) -> Update:
-        """This process's piece of the update that whole factors make, its threshold that of the whole.
+        """This process's piece of the update of whole factors, with the threshold of the whole matrix.
 
-        Differentiable: the gradients that reach the whole factors are those of all pieces.
+        Differentiable: the factors' gradients are summed over all pieces.
         """
         tau = select_among(self.group, self._pieces(A.detach(), B.detach()), A, B, theta, spec)
         A, B, theta = _SumGradients.apply(self.group, A, B, theta)
@@ -66,22 +66,22 @@ class Split(NamedTuple):
         return (A, B[self.held]) if self.axis == 0 else (A[self.held], B)
 
     def enter(self, x: Tensor) -> Tensor:
-        """The input on its way in: where rows are split, its gradient adds up over the pieces."""
+        """The layer's input. If rows are split, its gradient is summed over the pieces."""
         return _SumGradients.apply(self.group, x)[0] if self.axis == 0 else x
 
     def leave(self, y: Tensor) -> Tensor:
-        """The output on its way out: where columns are split, it adds up over the pieces."""
+        """The layer's output. If columns are split, it is summed over the pieces."""
         return _Sum.apply(self.group, y) if self.axis == 1 else y
 
     @torch.no_grad()
     def agree(self, *tensors: Tensor) -> None:
-        """Give every process of the group what its first one holds."""
+        """Copy the tensors of the group's first process to all others."""
         for tensor in tensors:
             dist.broadcast(tensor, group=self.group, group_src=0)
 
 
 class _SumGradients(torch.autograd.Function):
-    """The identity; gradients are those of all processes of the group, added in one exchange."""
+    """The identity; gradients are summed over the group in one all-reduce."""
 
     @staticmethod
     def forward(ctx: Any, group: dist.ProcessGroup, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -101,7 +101,7 @@ class _SumGradients(torch.autograd.Function):
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over the group; every process has the gradient already."""
+    """The sum over the group. Its gradient needs no exchange, because every process has it."""
 
     @staticmethod
     def forward(ctx: Any, group: dist.ProcessGroup, y: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The operations as functions. Arguments are checked here, once; the device's backend does the work."""
+"""The operations as functions. Arguments are checked here and nowhere below; the device's backend does the work."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["merge", "select_threshold", "snell_linear"]
 
 _FACTOR_DTYPES = (torch.float32, torch.float64)
 
-#: A sparsity above 0, for an update whose tau is given.
+#: Any sparsity above 0, for an update whose tau is given.
 _GIVEN = 0.5
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -74,29 +74,29 @@ def _check_weight(weight: Tensor, A: Tensor, B: Tensor) -> None:
 
 
 def _check_finite(name: str, tensor: Tensor) -> None:
-    # On an accelerator the answer would cost a synchronisation; there NaN in is NaN out.
+    # On an accelerator this check would cost a synchronisation. NaN factors give NaN outputs there.
     if tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not tensor.isfinite().all():
         raise ValueError(f"{name} contains NaN or infinite values; no threshold can be selected")
 
 
 def select_threshold(A: Tensor, B: Tensor, theta: Tensor, *, sparsity: float, kernel: str, groups: int) -> Tensor:
-    """tau, the ceil(s*m*n)-th smallest \\|K_ij\\|, exact over the whole matrix, which is never built.
+    """tau, the ceil(s*m*n)-th smallest \\|K_ij\\| of the whole matrix, exact. The matrix is never stored.
 
     Args:
         A: ``[n, r]`` float32 or float64.
         B: ``[m, r]`` of A's dtype and device.
         theta: ``[t]`` of A's dtype: the kernel function's scalar parameters.
-        sparsity: share of the entries that lose, in [0, 1); at 0 tau is 0 and nothing competes.
+        sparsity: share of the entries that are set to 0, in [0, 1); at 0 tau is 0 and all entries are kept.
         kernel: ``piecewise_linear``, ``linear``, ``sigmoid`` or ``rbf``.
-        groups: contiguous groups the rank axis splits into.
+        groups: number of contiguous groups of the rank axis.
 
     Returns:
-        A 0-dim tensor of A's dtype on A's device, without gradient. The same factors are selected
-        among once; NaN and infinity in the factors give a tau of NaN on an accelerator.
+        A 0-dim tensor of A's dtype on A's device, without gradient. It is selected once for the same factors. On an
+        accelerator NaN and infinite factors are not refused; NaN counts as larger than infinity.
 
     Raises:
-        ValueError: shapes, devices or settings that do not fit; NaN or infinite factors on a CPU.
-        TypeError: a dtype that is not supported.
+        ValueError: wrong shapes, devices or settings; NaN or infinite factors on a CPU.
+        TypeError: an unsupported dtype.
 
     Source: arXiv 2411.01800, equation 5.
     """
@@ -107,7 +107,7 @@ def select_threshold(A: Tensor, B: Tensor, theta: Tensor, *, sparsity: float, ke
 
 
 def update(A: Tensor, B: Tensor, theta: Tensor, spec: Spec) -> Update:
-    """The update of factors that are known to fit, its threshold selected: what a layer builds each step."""
+    """The update with its threshold, from factors that need no checks. A layer builds it in each forward."""
     tau = ops.select_threshold(A, B, theta, spec) if spec.sparsity else A.new_zeros(())
     return Update(A, B, theta, tau, spec.applied)
 
@@ -128,12 +128,12 @@ def merge(
     Args:
         A, B, theta, kernel, groups: as in :func:`select_threshold`.
         tau: 0-dim tensor of A's dtype, from :func:`select_threshold`.
-        weight: ``[m, n]`` float64, float32, bfloat16 or float16; entries that lose keep its bits.
-        gate: ``soft``, ``magnitude``, ``hard``, or ``none`` (what a sparsity of 0 means).
+        weight: ``[m, n]`` float64, float32, bfloat16 or float16; entries that are not kept have its bits.
+        gate: ``soft``, ``magnitude``, ``hard``, or ``none`` (which a sparsity of 0 means).
 
     Returns:
-        ``[m, n]`` in the weight's dtype, or A's where there is no weight. Differentiable once in A, B,
-        theta and weight, the gate and tau counting as constants.
+        ``[m, n]`` in the weight's dtype, or in A's without a weight. Differentiable once in A, B, theta and weight;
+        the gate and tau count as constants.
 
     Raises:
         ValueError, TypeError: as :func:`select_threshold`.
@@ -146,7 +146,7 @@ def merge(
 
 
 def dense(update: Update, rows: slice | None = None, weight: Tensor | None = None) -> Tensor:
-    """Those rows of dW, or of ``weight + dW`` where the same rows of a weight are given. Differentiable as merge."""
+    """The given rows of dW, or of weight + dW if the same rows of a weight are given. Differentiable like merge."""
     return ops.merge(weight, update if rows is None else update.with_rows(update.B[rows]))
 
 
@@ -164,15 +164,15 @@ def snell_linear(
     gate: str,
     tau: Tensor | None = None,
 ) -> Tensor:
-    """``y = x (W0 + dW)^T + bias``, dW rebuilt block by block and never kept.
+    """``y = x (W0 + dW)^T + bias``. dW is recomputed block by block and never kept.
 
     Args:
-        x: ``[..., n]`` float64, float32, bfloat16 or float16; any batch shape, zero tokens too.
+        x: ``[..., n]`` float64, float32, bfloat16 or float16; any batch shape, including zero tokens.
         weight: ``[m, n]`` in x's dtype (any of those dtypes under autocast).
         bias: ``[m]`` in the weight's dtype, or None.
         A, B, theta, sparsity, kernel, groups: as in :func:`select_threshold`.
         gate: ``soft``, ``magnitude`` or ``hard``.
-        tau: the threshold where the caller has it already; selected here otherwise.
+        tau: the threshold, if the caller has it already; otherwise selected here.
 
     Returns:
         ``[..., m]`` in x's dtype (autocast's, where it is on). Differentiable once in x, weight, bias,
@@ -200,9 +200,9 @@ def snell_linear(
 
 
 def linear(x: Tensor, weight: Tensor | None, bias: Tensor | None, update: Update) -> Tensor:
-    """:func:`snell_linear` of parameters that are known to fit: what a layer calls. Checks x alone.
+    """:func:`snell_linear` for parameters that need no checks. A layer calls it; only x is checked.
 
-    Without a weight the result is the update's share, ``x dW^T``, for a base that cannot be added to.
+    Without a weight the result is ``x dW^T``, for a base whose weight cannot be added to.
     """
     _require_tensor("x", x, None, WEIGHT_DTYPES)
     device_type = x.device.type

@@ -1,4 +1,4 @@
-"""How an update starts: its factors drawn as published, or so that dW is exactly 0; and starts that bode ill."""
+"""How an update starts: initial factors, and warnings about starts that cannot train or change too much."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from snell.spec import Spec
 
 __all__ = ["draw", "draw_identity", "draw_visible", "relative_size", "warn_if_dead", "warn_if_large"]
 
-#: Rows and columns of an update that stand for all of it, at the start alone: then its entries are drawn alike.
+#: Rows and columns of a sample. At the start all entries have the same distribution, so a sample represents them.
 _SAMPLE = 256
 
 
@@ -27,11 +27,11 @@ def draw(A: Tensor, B: Tensor, theta: Tensor, spec: Spec, scale: float) -> None:
 
 @torch.no_grad()
 def draw_identity(A: Tensor, B: Tensor, theta: Tensor, spec: Spec, scale: float) -> None:
-    """Fill the factors so that dW is exactly 0 and has a gradient: LoRA's start.
+    """Fill the factors so that dW is exactly 0 and has a gradient, as LoRA starts.
 
-    It exists without competition only. With it, an entry of dW is 0 where its gate is, and the gradient
-    carries that same gate: an update of exactly 0 would never move. Distances have no such start either:
-    where they are 0 their gradient is, and equal groups of opposite sign cancel to rounding only.
+    This is possible only without competition. With it, an entry of dW is 0 if its gate is 0, and its gradient is
+    multiplied by the same gate, so an update of exactly 0 would never train. It is not possible with distances either:
+    a distance of 0 has a gradient of 0, and equal groups of opposite sign cancel only up to rounding.
 
     Raises:
         ValueError: ``sparsity > 0``, or a kernel function of distances.
@@ -47,7 +47,7 @@ def draw_identity(A: Tensor, B: Tensor, theta: Tensor, spec: Spec, scale: float)
 
 @torch.no_grad()
 def draw_visible(A: Tensor, B: Tensor, theta: Tensor, spec: Spec, scale: float) -> None:
-    """Fill the factors with normal numbers, halved until no \\|K\\| of a sample exceeds 1/2: an update that shows."""
+    """Fill the factors with normal numbers, halved until no sampled \\|K\\| exceeds 1/2: a visible dW for tests."""
     draw(A, B, theta, spec, scale)
     for factor in (A, B):
         # exp(-distance^2) is 0 between factors of many columns: then all entries of K are alike.
@@ -58,7 +58,7 @@ def draw_visible(A: Tensor, B: Tensor, theta: Tensor, spec: Spec, scale: float) 
 
 
 def warn_if_dead(spec: Spec, m: int, n: int, name: str) -> None:
-    """Warn where the competition leaves no entry of an [m, n] update: dW and its gradient are then 0 for ever."""
+    """Warn if the sparsity keeps no entry of an [m, n] update: dW and its gradient are then always 0."""
     if spec.num_zeroed(m * n) < m * n:
         return
     most = (m * n - 1) / (m * n)
@@ -73,7 +73,7 @@ def warn_if_dead(spec: Spec, m: int, n: int, name: str) -> None:
 
 @torch.no_grad()
 def relative_size(A: Tensor, B: Tensor, theta: Tensor, spec: Spec, weight: Tensor) -> float:
-    """About norm(dW) / norm(weight) of an update at its start, from at most 256 rows and columns; 0 for a weight of 0.
+    """Estimate of norm(dW) / norm(weight) at the start, from at most 256 rows and columns; 0 if the weight is 0.
 
     Args:
         A, B, theta: ``[n, r]``, ``[m, r]`` and ``[t]``, as drawn.
@@ -88,7 +88,7 @@ def relative_size(A: Tensor, B: Tensor, theta: Tensor, spec: Spec, weight: Tenso
 
 
 def warn_if_large(sizes: dict[str, float], scale: float) -> None:
-    """Warn once of updates that start larger than the weights they change; ``sizes`` as :func:`relative_size` gives."""
+    """Warn once if updates start larger than their weights; ``sizes`` has :func:`relative_size` by layer name."""
     large = {name: size for name, size in sizes.items() if size > 1}
     if large:
         name, size = max(large.items(), key=lambda item: item[1])

@@ -1,7 +1,7 @@
-"""The kernel functions: each a scalar function of pair statistics, one row of a table.
+"""The table of kernel functions. Each is a scalar function of pair statistics.
 
 A pair statistic of two rows ``b`` and ``a`` is their dot product or their distance ``norm2(b - a)``, over the whole
-rank axis or over each of its groups. docs/method.md lists the steps that add a kernel function.
+rank axis or over each of its groups. docs/method.md lists the steps to add a kernel function.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def _distance(B: Tensor, A: Tensor) -> Tensor:
 
 
 def _dot(B: Tensor, A: Tensor) -> Tensor:
-    # B @ A.T may sum in another order for another shape; here a block of K has the bits of the whole matrix.
+    # B @ A.T sums in an order that depends on the shape. Here a block of K has the same bits as in the whole matrix.
     return (B.unsqueeze(1) * A).sum(-1)
 
 
@@ -34,9 +34,9 @@ class KernelFunction:
 
     Attributes:
         statistic: ``"dot"`` (``b . a``) or ``"distance"`` (``norm2(b - a)``).
-        grouped: whether there is one statistic per group of the rank axis, or one in all.
-        trains_theta: whether the scalar parameters are trained unless the user says otherwise.
-        initial_theta: ``(groups, scale) ->`` the starting values of the scalar parameters.
+        grouped: whether there is one statistic per group of the rank axis, or only one.
+        trains_theta: whether the scalar parameters are trained by default.
+        initial_theta: ``(groups, scale) ->`` the initial scalar parameters.
         value: ``(statistics, theta) -> K``, elementwise over ``[m, n]`` statistics and differentiable.
     """
 
@@ -47,7 +47,7 @@ class KernelFunction:
     value: Callable[[Sequence[Tensor], Tensor], Tensor]
 
     def num_statistics(self, groups: int) -> int:
-        """How many statistics :attr:`value` reads."""
+        """Number of statistics that :attr:`value` takes."""
         return groups if self.grouped else 1
 
     def statistics(self, A: Tensor, B: Tensor, groups: int) -> list[Tensor]:
@@ -63,7 +63,7 @@ def _piecewise_linear(statistics: Sequence[Tensor], theta: Tensor) -> Tensor:
 def _sigmoid(statistics: Sequence[Tensor], theta: Tensor) -> Tensor:
     alpha, beta, gamma = theta
     z = beta * statistics[0]
-    # torch.sigmoid's bits change with an entry's place in its tensor. The exponent here never overflows.
+    # torch.sigmoid gives other bits at other positions in a tensor. The exponent here never overflows.
     negative = z < 0
     e = torch.exp(torch.where(negative, z, -z))
     return alpha * (torch.where(negative, e, 1) / (1 + e)) + gamma
@@ -74,7 +74,7 @@ def _rbf(statistics: Sequence[Tensor], theta: Tensor) -> Tensor:
     return alpha * torch.exp(-beta * statistics[0].square()) + gamma
 
 
-# theta of sigmoid and rbf is alpha, beta, gamma; gamma starts where kappa(0, 0) = 0.
+# theta of sigmoid and rbf is alpha, beta, gamma. gamma starts at the value that makes kappa(0, 0) = 0.
 KERNEL_FUNCTIONS: dict[str, KernelFunction] = {
     "piecewise_linear": KernelFunction(
         "distance", True, False, lambda groups, scale: [scale * (-1.0) ** p for p in range(groups)], _piecewise_linear

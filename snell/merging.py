@@ -1,4 +1,4 @@
-"""How an update goes into a weight and out again bit for bit, a block of rows at a time."""
+"""Adds an update to a weight and removes it again bit for bit, block by block."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ __all__ = ["Merged", "row_blocks"]
 
 
 def row_blocks(update: Update) -> Iterator[slice]:
-    """The rows of dW that are built at a time."""
+    """The blocks of rows of dW that are computed at a time."""
     m, n = update.shape
     length = block_length(n * update.A.element_size(), m)
     return (slice(start, min(start + length, m)) for start in range(0, m, length))
 
 
 class Merged(NamedTuple):
-    """What takes an update out of a weight: a copy of the update, and the entries it has replaced so far.
+    """The record that removes an update from a weight: a copy of the update, and the entries replaced so far.
 
-    Each block is recorded before it is written, and taking it out writes the same bits however often it is done. So
-    whoever holds the record can undo :meth:`put_in` and finish :meth:`take_out` wherever an interrupt stopped them.
+    A block is recorded before it is written, and :meth:`take_out` can be repeated. Whoever holds the record can
+    therefore undo :meth:`put_in` and finish :meth:`take_out` wherever an interrupt stopped them.
     """
 
     update: Update
@@ -34,13 +34,13 @@ class Merged(NamedTuple):
 
     @classmethod
     def of(cls, update: Update) -> Merged:
-        """The record of an update that is in no weight yet. It keeps copies, which later training steps leave alone."""
+        """The record of an update that is not in a weight yet. It has copies, which training does not change."""
         A, B, theta, tau = (t.detach().clone() for t in update[:4])
         return cls(Update(A, B, theta, tau, update.spec), [])
 
     @torch.no_grad()
     def put_in(self, weight: Tensor) -> None:
-        """Add dW into ``weight [m, n]`` in place; the record then holds (1 - s) * m * n replaced entries."""
+        """Add dW to ``weight [m, n]`` in place. The record then holds the (1 - s) * m * n replaced entries."""
         for rows in row_blocks(self.update):
             base = weight[rows]
             self.replaced.append(base[dense(self.update, rows) != 0])
@@ -48,6 +48,6 @@ class Merged(NamedTuple):
 
     @torch.no_grad()
     def take_out(self, weight: Tensor) -> None:
-        """Put the replaced entries of ``weight [m, n]`` back, in place; survivors are found again from the update."""
+        """Restore the replaced entries of ``weight [m, n]`` in place. The update gives their positions."""
         for rows, replaced in zip(row_blocks(self.update), self.replaced, strict=False):
             weight[rows][dense(self.update, rows) != 0] = replaced

@@ -1,17 +1,17 @@
-"""The operations that autograd and the compiler see: one schema, fake and gradient each.
+"""The operations that autograd and the compiler see, each with its schema, fake and gradient.
 
 ``snell.reference`` is the definition of each. Shapes: factors ``A [n, r]``, ``B [m, r]``, scalar parameters
 ``theta [t]`` and threshold ``tau []`` in float32 or float64; ``x [..., n]``, ``weight [m, n]``, ``bias [m]``,
 ``y [..., m]`` in one dtype of float64, float32, bfloat16, float16, or weight and bias in another float dtype than x.
-Arguments are checked above, in :mod:`snell.functional`; the work is done below, in :mod:`snell.blocks`.
+Arguments are checked in :mod:`snell.functional`, above; the work is done in :mod:`snell.blocks`, below.
 
 ===================  ==============================================================================
-select_threshold     tau, exact, of the whole matrix
-merge                dW or weight + dW, whole, differentiable
-merge_backward       its gradients of the factors and theta
-linear               y = x (W0 + dW)^T + bias, differentiable, nothing of size m*n kept; y = x dW^T where
-                     there is no weight (a base that cannot be added to: quantised, several adapters)
-linear_backward      its gradients, those that are asked for
+select_threshold     tau of the whole matrix, exact
+merge                the whole of dW or weight + dW, differentiable
+merge_backward       gradients of the factors and theta
+linear               y = x (W0 + dW)^T + bias, differentiable, nothing of size m*n kept; y = x dW^T without a
+                     weight (if it cannot be added to: a quantised base, several adapters)
+linear_backward      the gradients that are needed
 ===================  ==============================================================================
 """
 
@@ -47,12 +47,12 @@ _spec = lru_cache(Spec)
 
 
 def _update(A: Tensor, B: Tensor, theta: Tensor, tau: Tensor, kernel: str, groups: int, gate: str) -> Update:
-    # The gate says all that the sparsity would: tau is given. While the compiler traces, a size may be a symbol.
+    # tau and the gate are given, so any sparsity above 0 will do. While the compiler traces, a size may be a symbol.
     return Update(A, B, theta, tau, _spec(int(A.shape[1]), 0.0 if gate == "none" else 0.5, kernel, groups, gate))
 
 
 def _flat(update: Update) -> tuple:
-    """The update as the schemas have it."""
+    """The update as the flat arguments of the schemas."""
     spec = update.spec
     return *update[:4], spec.kernel, spec.groups, spec.gate
 
@@ -86,7 +86,7 @@ for _name, _function in (
 ):
     _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
 
-# tau is constant for autograd: its operation passes the Autograd key by, and no output asks for a gradient.
+# tau is a constant for autograd: the fallthrough skips the Autograd key, so the output requires no gradient.
 _LIBRARY.impl("select_threshold", torch.library.fallthrough_kernel, "Autograd")
 
 
@@ -148,10 +148,10 @@ torch.library.register_autograd("snell::merge_backward", _no_second_order)
 
 
 def _nothing_listens(lead: Tensor) -> bool:
-    """Whether the dispatcher would only hand a call on to its function: plain tensors, no mode, not compiled or traced.
+    """Whether the dispatcher may be skipped: plain tensors, no dispatch mode, no compiling or tracing.
 
     Raises:
-        NotImplementedError: under a transform of torch.func.
+        NotImplementedError: inside a transform of torch.func.
     """
     if torch._C._are_functorch_transforms_active():
         raise NotImplementedError("snell does not work under torch.func (vmap, grad, jvp ...); use torch.autograd")
@@ -165,7 +165,7 @@ def _nothing_listens(lead: Tensor) -> bool:
 
 
 def select_threshold(A: Tensor, B: Tensor, theta: Tensor, spec: Spec) -> Tensor:
-    """``snell::select_threshold``; at once the function behind it where nothing listens, a dispatch cheaper."""
+    """``snell::select_threshold``; called directly if nothing else listens, which saves the dispatch."""
     if _nothing_listens(A):
         return competition.select(A, B, theta, spec)
     return torch.ops.snell.select_threshold.default(A, B, theta, spec.sparsity, spec.kernel, spec.groups)
@@ -188,14 +188,14 @@ class _Linear(torch.autograd.Function):
     def forward(ctx, x, weight, bias, *update):
         update = Update(*update)
         _, need_weight, _, *need_factors = ctx.needs_input_grad[:6]
-        # x serves the gradients of the factors and the weight alone: a layer that trains neither keeps no activation.
+        # Only the gradients of the factors and the weight need x: a layer that trains neither keeps no activation.
         ctx.save_for_backward(x if need_weight or any(need_factors) else None, weight, *update[:4])
         ctx.spec = update.spec
         return _forward(x, weight, bias, update)
 
     @staticmethod
     def backward(ctx, grad_y):
-        # The decorator costs a small layer a noticeable moment, and says nothing where no graph is asked for.
+        # once_differentiable takes noticeable time in a small layer, and is not needed if no graph is built.
         return (_refuse_twice if torch.is_grad_enabled() else _linear_gradients)(ctx, grad_y)
 
 
@@ -225,11 +225,11 @@ def _autograd(x: Tensor, weight: Tensor | None, bias: Tensor | None, update: Upd
 
 
 def linear(x: Tensor, weight: Tensor | None, bias: Tensor | None, update: Update) -> Tensor:
-    """``snell::linear``; at once the function behind it where the compiler does not look, a dispatch cheaper."""
+    """``snell::linear``; its function is called directly unless compiling, which saves the dispatch."""
     if torch.compiler.is_compiling():
         return torch.ops.snell.linear.default(x, weight, bias, *_flat(update))
     return _autograd(x, weight, bias, update)
 
 
-# By hand: what register_autograd builds parses the schema at every call, which costs a small layer as much as its work.
+# Not by register_autograd, whose kernel parses the schema in every call: as much time as a small layer's work.
 _LIBRARY.impl("linear", lambda x, weight, bias, *flat: _autograd(x, weight, bias, _update(*flat)), "Autograd")

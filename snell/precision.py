@@ -1,4 +1,4 @@
-"""The dtypes of factors: float32 whatever the weight's, or float64 with it, because they decide who survives."""
+"""The dtype of factors: float64 for a float64 weight, else float32. Rounding would change which entries are kept."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ HALVES = (torch.bfloat16, torch.float16)
 
 
 def factor_dtype(weight: torch.dtype | None) -> torch.dtype:
-    """The dtype of the factors beside a weight of that dtype."""
+    """The dtype of the factors for a weight of that dtype."""
     return torch.float64 if weight == torch.float64 else torch.float32
 
 
 def full(factor: Tensor) -> Tensor:
-    """A factor that was rounded to half precision, widened: everything after that is computed in float32."""
+    """The factor, converted to float32 if it is in half precision. All computation is in float32 or float64."""
     return factor.float() if factor.dtype in HALVES else factor
 
 
 def keep_precision(before: Tensor, after: Tensor) -> Tensor:
-    """What ``.to(dtype)`` makes of a factor: where it would round it to half precision, only its device follows."""
+    """The result of a factor's ``.to(dtype)``. If that would round it to half precision, only the device changes."""
     if after.dtype in HALVES and before.dtype not in HALVES:
         return before.to(after.device)
     return after

@@ -1,7 +1,7 @@
-"""The definition: every gate and gradient in dense, plain PyTorch; the kernel functions are in ``kernel_functions``.
+"""The definition of the method in plain PyTorch, with dense matrices. Kernel functions are in ``kernel_functions``.
 
-Everything else in the package is tested against this module, in float64. It materialises K and is slow. Autograd
-through it gives the defining gradients, because the gate and tau are detached.
+Everything else in the package is tested against this module in float64. It stores K and is slow. The gate and tau are
+detached, so autograd through it gives the defining gradients.
 
 Shapes: ``A [n, r]``, ``B [m, r]``, ``theta [t]``, ``tau []``, ``weight [m, n]``, ``bias [m]``, ``x [..., n]``.
 Source: SNELL, arXiv 2411.01800, equations 3 to 5.
@@ -29,7 +29,7 @@ def kernel_matrix(A: Tensor, B: Tensor, theta: Tensor, *, kernel: str, groups: i
 
 
 def gate_values(K: Tensor, tau: Tensor, *, gate: str) -> Tensor:
-    """The factor each entry of K is multiplied by; 0 for losers, NaN for NaN. Constant for autograd."""
+    """The gate of each entry of K: 0 if \\|K\\| <= tau, NaN if K is NaN. A constant for autograd."""
     a = K.detach().abs()
     if gate == "none":
         return torch.ones_like(a)
@@ -40,7 +40,7 @@ def gate_values(K: Tensor, tau: Tensor, *, gate: str) -> Tensor:
 
 
 def select_threshold(A: Tensor, B: Tensor, theta: Tensor, *, sparsity: float, kernel: str, groups: int) -> Tensor:
-    """tau, the ceil(s*m*n)-th smallest \\|K\\|; 0 where sparsity is 0."""
+    """tau, the ceil(s*m*n)-th smallest \\|K\\|; 0 if the sparsity is 0."""
     with torch.no_grad():
         magnitudes = kernel_matrix(A, B, theta, kernel=kernel, groups=groups).abs().flatten()
         k = Spec(A.shape[1], sparsity, kernel, groups).num_zeroed(magnitudes.numel())

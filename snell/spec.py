@@ -1,4 +1,4 @@
-"""What an update is made of, validated once: kernel function, groups, gate, sparsity."""
+"""The settings of an update, checked once: kernel function, groups, gate, sparsity."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from snell.kernel_functions import KERNEL_FUNCTIONS, KernelFunction
 __all__ = ["DEFAULT_SCALES", "GATES", "Spec"]
 
 
-#: ``none`` is what ``sparsity == 0`` means: no competition, dW = K.
+#: ``none`` applies if ``sparsity == 0``: no competition, dW = K.
 GATES = ("soft", "magnitude", "hard", "none")
 
-#: The kernel function's scale at the start, by the gate that applies. The first two gates multiply by \|K\| once more,
-#: so the update is of order scale^2 / in_features: at 3, LoRA's learning rates work (``snell bench gates``) and the
-#: update still starts small. Where dW is K itself, a scale near 1 would change a fresh layer by much of its weight.
+#: The initial scale by the gate that applies. ``soft`` and ``magnitude`` multiply K by about its own size, so the update
+#: is of order scale^2 / in_features. At a scale of 3, LoRA's learning rates work (``snell bench gates``) and the update
+#: starts small. With the other two gates dW is K itself, and a scale near 1 would change a fresh layer's weight a lot.
 DEFAULT_SCALES = {"soft": 3.0, "magnitude": 3.0, "hard": 0.1, "none": 0.1}
 
-#: Of float32: the scale becomes a parameter of that dtype.
+#: The largest float32: the scale becomes a float32 parameter.
 _LARGEST = (2 - 2**-23) * 2.0**127
 
 
@@ -45,14 +45,14 @@ def _number(name: str, value: Any) -> float:
 
 @dataclass(frozen=True)
 class Spec:
-    """One update's kernel function, gate, groups and sparsity, checked on construction.
+    """The rank, sparsity, kernel function, groups and gate of an update, checked on construction.
 
     Attributes:
-        applied: the same, with the gate that applies: ``none`` where sparsity is 0.
+        applied: the same, with the gate that applies: ``none`` if the sparsity is 0.
 
     Raises:
-        ValueError: unknown ``kernel`` or ``gate``, ``sparsity`` outside [0, 1) or NaN, ``rank`` no
-            multiple of ``groups``, a dimension below 1.
+        ValueError: unknown ``kernel`` or ``gate``; ``sparsity`` NaN or outside [0, 1); ``rank`` not a multiple of
+            ``groups``; ``rank`` or ``groups`` below 1.
         TypeError: an argument of the wrong type.
     """
 
@@ -82,7 +82,7 @@ class Spec:
 
     @property
     def effective_gate(self) -> str:
-        """The gate that applies: without sparsity nothing competes."""
+        """The gate that applies: ``none`` if the sparsity is 0."""
         return self.applied.gate
 
     @property
@@ -92,25 +92,25 @@ class Spec:
 
     @property
     def num_statistics(self) -> int:
-        """How many pair statistics the kernel function reads."""
+        """Number of pair statistics that the kernel function takes."""
         return self.function.num_statistics(self.groups)
 
     def num_zeroed(self, entries: int) -> int:
-        """How many of ``entries`` the competition sets to zero: ceil(s * entries), in float64."""
+        """How many of ``entries`` are set to 0: ceil(s * entries), in float64."""
         return math.ceil(self.sparsity * entries)
 
     @property
     def num_theta(self) -> int:
-        """How many scalar parameters the kernel function has."""
+        """Number of scalar parameters of the kernel function."""
         return len(self.initial_theta(1.0))
 
     @property
     def default_scale(self) -> float:
-        """The kernel function's scale at the start, where none is given."""
+        """The initial scale if none is given."""
         return DEFAULT_SCALES[self.effective_gate]
 
     def initial_theta(self, scale: float) -> list[float]:
-        """The scalar parameters at the start of training."""
+        """The initial scalar parameters."""
         if not abs(_number("scale", scale)) <= _LARGEST:
             raise ValueError(f"scale must be finite in float32; got {scale}")
         return self.function.initial_theta(self.groups, float(scale))

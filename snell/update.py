@@ -1,4 +1,4 @@
-"""The record of an update that every operation below the checked functions takes, and its gradients."""
+"""The update as every operation below :mod:`snell.functional` takes it, and its gradients."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from snell.spec import Spec
 
 __all__ = ["Gradients", "Parameters", "Update"]
 
-#: A layer's ``A [n, r]``, ``B [m, r]``, ``theta [t]`` and what they make.
+#: A layer's ``A [n, r]``, ``B [m, r]`` and ``theta [t]``, and the settings of its update.
 Parameters = tuple[Tensor, Tensor, Tensor, Spec]
 
 
 class Update(NamedTuple):
     """``dW_ij = K_ij * gate(|K_ij|)`` with ``K_ij = kappa(B_i, A_j)``.
 
-    A rectangle of an update is the update of sliced factors, so operations on blocks need no offsets.
+    A rectangle of an update is the update of sliced factors. Operations on blocks therefore need no offsets.
 
     Attributes:
         A: ``[n, r]``.  B: ``[m, r]``.  theta: ``[t]``, the kernel function's scalar parameters.
-        tau: 0-dim threshold. All four are float32 or all float64, on one device.
+        tau: 0-dim threshold. All four have one dtype, float32 or float64, and one device.
         spec: kernel function, groups and the gate that applies (:attr:`snell.spec.Spec.applied`).
     """
 
@@ -38,20 +38,20 @@ class Update(NamedTuple):
         return self.B.shape[0], self.A.shape[0]
 
     def with_rows(self, B: Tensor) -> Update:
-        """The update of other rows: those of ``B``."""
+        """The update with other rows, given by ``B``."""
         return Update(self.A, B, self.theta, self.tau, self.spec)
 
     def with_columns(self, A: Tensor) -> Update:
-        """The update of other columns: those of ``A``."""
+        """The update with other columns, given by ``A``."""
         return Update(A, self.B, self.theta, self.tau, self.spec)
 
     def transposed(self) -> Update:
-        """The update of dW^T: every pair statistic is symmetric, so its entries have the same bits."""
+        """The update of dW^T. Every pair statistic is symmetric, so its entries have the same bits."""
         return Update(self.B, self.A, self.theta, self.tau, self.spec)
 
 
 class Gradients(NamedTuple):
-    """What the gradients of an update's parameters are added to: contiguous tensors of their shapes and dtype."""
+    """Accumulators for the gradients of an update's parameters: contiguous, of the same shapes and dtype."""
 
     A: Tensor
     B: Tensor
@@ -59,9 +59,9 @@ class Gradients(NamedTuple):
 
     @classmethod
     def zeros(cls, update: Update) -> Gradients:
-        """Zeros, contiguous however the factors themselves lie."""
+        """Zeros, contiguous whatever the factors' own layout."""
         return cls(*(torch.zeros_like(t, memory_format=torch.contiguous_format) for t in update[:3]))
 
     def with_columns(self, A: Tensor) -> Gradients:
-        """The same, but for the columns whose gradient is ``A``."""
+        """The same with A's gradient replaced by ``A``, that of a block of columns."""
         return Gradients(A, self.B, self.theta)

@@ -15,7 +15,7 @@ namespace {
 
 constexpr int RADIX_BITS = 11;
 constexpr int64_t GATHER_ALL = 1 << 15;  // up to this many entries, gather all: a sample would cost more
-// A thread that gathers more than GATHER_MIN + GATHER_SLACK times the expected number leaves the rest to the radix passes.
+// A thread that gathers more than GATHER_MIN + GATHER_SLACK x the expected number leaves the rest to the radix passes.
 constexpr double GATHER_SLACK = 2.0;
 constexpr int64_t GATHER_MIN = 1 << 16;
 

@@ -1,7 +1,7 @@
-"""Backends: what runs the block operations, by type of device.
+"""Backends: implementations of the block operations, chosen by type of device.
 
-``blocked`` (plain PyTorch) serves every device and dtype; ``cpu`` (the native library) and ``triton`` take over where
-they can run. :func:`use` puts another in their place, for comparison and tests.
+``blocked`` (plain PyTorch) serves every device and dtype. ``cpu`` (the native library) and ``triton`` replace it where
+they can run. :func:`use` selects another one, for comparisons and tests.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ __all__ = ["AVAILABLE", "Backend", "of", "serving", "use"]
 
 _BLOCKED = BlockedBackend()
 
-#: Every backend this machine can run, by name.
+#: Every backend that this machine can run, by name.
 AVAILABLE: dict[str, Backend] = {"blocked": _BLOCKED}
 
-#: Which of them serves a type of device; ``blocked`` serves the others.
+#: The backend of a type of device; ``blocked`` serves the others.
 _SERVING: dict[str, Backend] = {}
 
 
@@ -36,17 +36,17 @@ def serving(device_type: str) -> Backend:
 
 
 def of(factor: Tensor) -> Backend:
-    """The backend that serves an update with this factor: by its device and dtype."""
+    """The backend for the device and dtype of this factor."""
     backend = _SERVING.get(factor.device.type, _BLOCKED)
     return backend if factor.dtype in backend.dtypes else _BLOCKED
 
 
 @contextmanager
 def use(name: str, device_type: str = "cpu") -> Iterator[None]:
-    """Let the backend ``name`` serve ``device_type`` for the time of the context.
+    """Let the backend ``name`` serve ``device_type`` inside the context.
 
     Raises:
-        ValueError: the backend is not available here.
+        ValueError: the backend is not available on this machine.
     """
     if name not in AVAILABLE:
         raise ValueError(f"name must be an available backend, one of {', '.join(AVAILABLE)}; got {name!r}")
@@ -61,7 +61,7 @@ def use(name: str, device_type: str = "cpu") -> Iterator[None]:
 if native.available():
     AVAILABLE["cpu"] = _SERVING["cpu"] = CpuBackend()
 
-# With TRITON_INTERPRET=1 the kernels run on CPU tensors, in Python: slow, but the kernels' own arithmetic.
+# With TRITON_INTERPRET=1 the kernels run on CPU tensors in Python: slowly, but with the kernels' own arithmetic.
 _interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 if importlib.util.find_spec("triton") and (torch.version.cuda or _interpreted):
     from snell.backends.triton import TritonBackend

@@ -1,6 +1,6 @@
-"""Plain PyTorch in tiles, for any device: what runs where no faster backend does.
+"""Plain PyTorch in tiles, for devices and dtypes without a faster backend.
 
-K is the reference's own, a tile at a time, so nothing of size m*n is held.
+K comes from the reference, one tile at a time, so nothing of size m*n is stored.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from snell.backends.base import Backend
 from snell.reference import gate_values, kernel_matrix
 from snell.update import Gradients, Update
 
-#: Entries of K in a tile times its rank: bounds the products that the reference's dot holds.
+#: Most entries of K in a tile times the rank: the reference's dot stores that many products.
 TILE_PRODUCTS = 2**21
 
 
@@ -36,7 +36,7 @@ class BlockedBackend(Backend):
             H = torch.where(gates == 0, 0, G[i, j].to(gates.dtype) * gates)
             if merged is not None:
                 _write(merged[i, j], None if weight is None else weight[i, j], delta)
-            with torch.autocast(G.device.type, enabled=False):  # which would round the products to half precision
+            with torch.autocast(G.device.type, enabled=False):  # autocast would round the products to half precision
                 tile = update.with_rows(update.B[i]).with_columns(update.A[j])
                 _accumulate(H, tile, Gradients(grads.A[j], grads.B[i], grads.theta))
 
@@ -59,20 +59,20 @@ def _delta(update: Update, i: slice, j: slice) -> tuple[Tensor, Tensor]:
 
 
 def _write(out: Tensor, weight: Tensor | None, delta: Tensor) -> None:
-    # Where dW is 0 the base weight passes through untouched: adding +0 would turn -0 into +0.
-    # Chosen in out's dtype: converted by way of another, a NaN would lose its bits.
+    # Where dW is 0 the base weight is copied: adding +0 would turn -0 into +0. It is converted to out's dtype directly,
+    # because a NaN could lose its bits in a conversion through another dtype.
     out.copy_(
         delta if weight is None else torch.where(delta == 0, weight.to(out.dtype), (weight + delta).to(out.dtype))
     )
 
 
 def _accumulate(H: Tensor, tile: Update, grads: Gradients) -> None:
-    """Add sum H * dK to the three gradients, in place: autograd through the scalar function, products by hand."""
+    """Add sum H * dK to the three gradients in place. Autograd differentiates only the scalar function."""
     A, B, theta, _, spec = tile
     function = spec.function
     theta = theta.detach().requires_grad_()
     statistics = [s.detach().requires_grad_() for s in function.statistics(A, B, spec.groups)]
-    # An operation's function runs below autograd, where nothing is recorded unless its key is let in again.
+    # Operations run with autograd's dispatch keys excluded. Including them again makes autograd record.
     autograd = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
     with torch.enable_grad(), autograd:
         K = function.value(statistics, theta)

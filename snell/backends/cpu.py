@@ -10,27 +10,27 @@ from snell.backends.layout import is_transposed, readable, row_major
 from snell.spec import Spec
 from snell.update import Gradients, Update
 
-#: Up to this share of survivors, products for survivors alone are cheaper than the GEMM for all of G, in float32. A
-#: bfloat16 GEMM is several times faster than that, and the products are not.
+#: Up to this share of survivors, computing G for survivors only is cheaper than the GEMM for all of G in float32. It is
+#: not in bfloat16, whose GEMM is several times faster.
 FEW_SURVIVORS = 1 / 8
 
-#: Multiply-adds of a GEMM that are worth asking for the survivors' share, which takes some ten microseconds.
+#: Multiply-adds of the GEMM from which it pays to estimate the survivors' share, which takes some ten microseconds.
 WORTH_ASKING = 2**26
 SAMPLES = 4096
 
-#: Tokens whose 256 columns of x, which a kernel visits in one sweep, stay in a second-level cache of 1 MiB; and bytes
-#: that the transposed activations of a slab of tokens may take.
+#: Most tokens in a slab, and most bytes of its transposed activations. The 256 columns of x that a kernel reads in one
+#: sweep then stay in a second-level cache of 1 MiB.
 SLAB_TOKENS = 512
 SLAB_BYTES = 16 * 2**20
 
 
 def num_slabs(tokens: int, m: int, n: int, element_size: int) -> int:
-    """In how many sweeps over the entries ``factor_grad_of_tokens`` takes the tokens."""
+    """Number of slabs of tokens in ``factor_grad_of_tokens``: each is one sweep over the entries."""
     return -(-tokens // max(min(SLAB_TOKENS, SLAB_BYTES // ((m + n) * element_size)), 1))
 
 
 class CpuBackend(Backend):
-    """Tensors in the computer's own memory."""
+    """Tensors in host memory."""
 
     name = "cpu"
 
@@ -70,7 +70,7 @@ class CpuBackend(Backend):
         if not always and native.density(update, SAMPLES) > FEW_SURVIVORS:
             return False
         slabs = num_slabs(tokens, m, n, grad_y.element_size())
-        # The gradients are linear in G, and G is a sum over tokens: a slab at a time bounds the transposed copies.
+        # The gradients are linear in G, and G is a sum over tokens. Slabs bound the size of the transposed copies.
         for dy, some_x in zip(grad_y.tensor_split(slabs), x.tensor_split(slabs), strict=True):
             native.factor_grad_of_tokens(update, grads, dy.t().contiguous(), some_x.t().contiguous())
         return True

@@ -1,4 +1,4 @@
-"""Kernels read and write rows. A matrix stored by columns is handed to them as its transpose."""
+"""Kernels read and write contiguous rows. A column-major matrix is passed to them as its transpose."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def _has_columns(matrix: Tensor) -> bool:
 
 
 def readable(matrix: Tensor) -> Tensor:
-    """The matrix with contiguous rows or columns, copied where it has neither."""
+    """The matrix with contiguous rows or columns; copied if it has neither."""
     return matrix if _has_rows(matrix) or _has_columns(matrix) else matrix.contiguous()
 
 
 def is_transposed(lead: Tensor) -> bool:
-    """Whether the problem is to be given transposed, so that ``lead``, which may be written to, has contiguous rows.
+    """Whether to transpose the problem, so that ``lead``, which may be written to, has contiguous rows.
 
     Raises:
         ValueError: ``lead`` has neither contiguous rows nor contiguous columns.
@@ -34,7 +34,7 @@ def is_transposed(lead: Tensor) -> bool:
 
 
 def row_major(matrix: Tensor, transposed: bool) -> Tensor:
-    """The matrix, or its transpose, with contiguous rows and any stride between them; copied where it has none."""
+    """The matrix, or its transpose, with contiguous rows and any stride between them; copied if needed."""
     if transposed:
         matrix = matrix.t()
     return matrix if _has_rows(matrix) else matrix.contiguous()

@@ -1,6 +1,6 @@
 """NVIDIA GPUs: the kernels of :mod:`snell.kernels`, launched on the tensors' device and current stream.
 
-Float64 factors, which only gradient checks have, go to the blocked backend.
+Float64 factors, which only gradient checks use, go to the blocked backend.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from snell.update import Gradients, Parameters, Update
 
 
 class TritonBackend(Backend):
-    """CUDA tensors, or tensors in the computer's own memory under Triton's interpreter."""
+    """CUDA tensors, or CPU tensors under Triton's interpreter."""
 
     name = "triton"
     dtypes = (torch.float32,)
@@ -44,7 +44,7 @@ class TritonBackend(Backend):
 
     def select_together(self, layers: Sequence[Parameters]) -> tuple[Tensor, Tensor]:
         taus, fingerprints = selection.select_thresholds(layers)
-        return taus, fingerprints.clone()  # which is a view of a workspace
+        return taus, fingerprints.clone()  # a view of a workspace
 
     def verify(self, A: Tensor, B: Tensor, theta: Tensor, tau: Tensor, fingerprint: Tensor) -> Tensor:
         return verify(A, B, theta, tau, fingerprint)

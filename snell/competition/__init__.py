@@ -1,8 +1,8 @@
-"""tau: everything about the threshold that an entry's \\|K\\| must exceed to survive.
+"""tau: the threshold that \\|K\\| of an entry must exceed to be kept.
 
-``thresholds`` selects it for one layer, ``together`` for all layers of a model (``held`` until they change), and
-``processes`` for a matrix that several processes hold. ``memo`` remembers it by what the factors contain. ``radix``
-counts where a backend does not select.
+``thresholds`` selects it for one layer, ``together`` for all layers of a model, and ``processes`` for a matrix split
+over several processes. ``memo`` remembers thresholds by the content of the factors; ``held`` keeps those selected
+together. ``radix`` selects by counting, for backends that have no selection of their own.
 """
 
 from snell.backends import AVAILABLE
@@ -14,7 +14,7 @@ __all__ = ["forget", "refresh_thresholds", "select"]
 
 
 def forget() -> None:
-    """Forget every threshold, on the host and on devices, so that the next call selects anew."""
+    """Forget every threshold, on the host and on devices. The next call selects again."""
     memo.forget()
     held.forget()
     for backend in AVAILABLE.values():

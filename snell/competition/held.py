@@ -1,4 +1,4 @@
-"""Thresholds selected for many layers together, kept until their parameters change."""
+"""Thresholds selected for many layers together. They are used until the parameters change."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["held", "hold"]
 
 
 class _Held(NamedTuple):
-    """A threshold selected for many layers together, and what it holds for."""
+    """A threshold selected together with others, and the state of the parameters it belongs to."""
 
     tensors: tuple[weakref.ref, ...]
     setting: tuple
@@ -30,7 +30,7 @@ _held: dict[int, _Held] = {}
 
 
 def _setting(A: Tensor, B: Tensor, theta: Tensor, spec: Spec) -> tuple:
-    """What the host knows of a held threshold: the same versions, addresses, stream and make-up, captured or not."""
+    """What the host can compare: versions, addresses, stream, whether it is being captured, and settings."""
     versions = tuple(-1 if t.is_inference() else t._version for t in (A, B, theta))
     addresses = A.data_ptr(), B.data_ptr(), theta.data_ptr()
     place = None
@@ -40,10 +40,10 @@ def _setting(A: Tensor, B: Tensor, theta: Tensor, spec: Spec) -> tuple:
 
 
 def held(backend: Backend, A: Tensor, B: Tensor, theta: Tensor, spec: Spec) -> Tensor | None:
-    """The threshold held for these very parameters, verified on the device; None where the host knows of a change.
+    """The threshold held for these parameters, verified on the device; None if the host sees that they have changed.
 
-    A change that leaves no trace on the host (a replayed CUDA graph, an optimizer that writes through raw pointers,
-    ``.data``) is found by the device: tau is then NaN, and so is all that follows from it.
+    The host cannot see some changes: a replayed CUDA graph, an optimizer that writes through raw pointers, ``.data``.
+    The device finds these by a hash of the parameters. tau is then NaN, and so is everything computed from it.
     """
     found = _held.get(id(A))
     if (
@@ -56,7 +56,7 @@ def held(backend: Backend, A: Tensor, B: Tensor, theta: Tensor, spec: Spec) -> T
 
 
 def hold(backend: Backend, layers: Sequence[Parameters]) -> bool:
-    """Select for all layers in shared launches, if the backend can."""
+    """Select for all layers in shared launches and hold the thresholds. False if the backend cannot."""
     selected = backend.select_together(layers)
     if selected is None:
         return False

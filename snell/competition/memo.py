@@ -1,7 +1,8 @@
-"""tau once per parameter version: a memo keyed by what the factors hold, not by who holds them.
+"""Remembers thresholds on the host, by a hash of the factors' content.
 
-A version counter misses edits through ``.data``, a sharded parameter gathered into the same storage and a replayed
-graph. The bytes miss nothing. Hashing (m + n) r numbers costs a thousandth of selecting among m n.
+A version counter would miss edits through ``.data``, a sharded parameter gathered into the same storage, and a replayed
+graph. A hash of the content misses none of these. Hashing (m + n) r numbers costs about a thousandth of selecting among
+m n entries.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from torch import Tensor
 
 from snell import native
 
-#: Layers of one model that keep their threshold; the least recently used goes first.
+#: Most thresholds remembered. The least recently used is forgotten first.
 CAPACITY = 4096
 
 _memo: OrderedDict[Hashable, Tensor] = OrderedDict()
 
 
 def fingerprint(*tensors: Tensor) -> Hashable:
-    """128 bits of what contiguous tensors in the computer's own memory hold."""
+    """A 128-bit hash of the content of contiguous CPU tensors."""
     if native.available():
         return native.fingerprint(*tensors)
     digest = hashlib.blake2b(digest_size=16)
@@ -36,8 +37,8 @@ def forget() -> None:
 
 
 def remember(key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
-    """The threshold kept under ``key``, computed if there is none; always a fresh 0-dim tensor."""
-    # Taken out and put back rather than moved: another thread may forget the key in between.
+    """The threshold stored under ``key``, computed if there is none; always a new 0-dim tensor."""
+    # pop and reinsert instead of move_to_end, which raises if another thread has removed the key meanwhile.
     tau = _memo.pop(key, None)
     if tau is None:
         tau = compute()

@@ -1,4 +1,4 @@
-"""tau of a matrix whose pieces lie with the processes of a group."""
+"""tau of a matrix whose pieces are on the processes of a group."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ __all__ = ["select_among"]
 def select_among(
     group: dist.ProcessGroup, pieces: tuple[Tensor, Tensor], A: Tensor, B: Tensor, theta: Tensor, spec: Spec
 ) -> Tensor:
-    """tau of the whole matrix, on every process: the bits that one process alone would find.
+    """tau of the whole matrix, on every process, with the same bits as if one process had selected it.
 
     Args:
-        group: the processes that hold the pieces; all of them must call.
-        pieces: the factors of this process's piece: those of its columns and of its rows.
+        group: the processes with the pieces; all of them must call.
+        pieces: the factors A and B of this process's piece.
         A, B, theta: ``[n, r]``, ``[m, r]`` and ``[t]`` of the whole matrix, equal on all processes.
     """
     if spec.sparsity == 0.0:
@@ -39,6 +39,6 @@ def select_among(
 
     if A.device.type != "cpu":
         return select()
-    # By the whole factors, not by the piece: either all processes of the group remember, or none does.
+    # Keyed by the whole factors, so that either all processes of the group find a threshold or none does.
     key = memo.fingerprint(A, B, theta), A.shape, B.shape, A.dtype, k, spec.kernel, spec.groups, group.group_name
     return memo.remember(key, select)

@@ -1,7 +1,7 @@
-"""Exact selection by counting: radix select on the bits of magnitudes, which order as the floats do.
+"""Exact selection by counting: radix select on the bits of magnitudes, which sort like the floats.
 
-Each pass counts one digit of the entries that share the digits settled so far. Counts and choices stay on
-the device, and counts of several processes add up.
+Each pass counts one digit of the entries that match the digits found so far. Counts and results stay on the device, and
+counts of several processes can be added.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 __all__ = ["smallest"]
 
-#: Bits of a float's magnitude settled by one pass.
+#: Bits of a magnitude that one pass finds.
 DIGIT_BITS = 11
 
 
@@ -24,13 +24,13 @@ def _identity(counts: Tensor) -> Tensor:
 def smallest(
     k: int, tiles: Callable[[], Iterable[Tensor]], like: Tensor, add: Callable[[Tensor], Tensor] = _identity
 ) -> Tensor:
-    """The k-th smallest magnitude, from 1, among the entries of all tiles; 0 for k = 0.
+    """The k-th smallest magnitude (k from 1) of the entries of all tiles; 0 for k = 0.
 
     Args:
-        k: which.
-        tiles: called once a pass; yields the matrix piece by piece, in ``like``'s dtype and on its device.
+        k: rank of the magnitude.
+        tiles: called once per pass; yields the matrix in pieces, in ``like``'s dtype and on its device.
         like: float32 or float64.
-        add: turns this process's counts into those of all processes that hold pieces of the matrix.
+        add: adds the counts of the other processes that have pieces of the matrix.
 
     Returns:
         A 0-dim tensor like ``like``. NaN counts as larger than infinity.

@@ -1,4 +1,4 @@
-"""tau of one layer: remembered, or selected by the device's backend."""
+"""tau of one layer: remembered, or selected by the backend of its device."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ __all__ = ["count", "select"]
 
 
 def select(A: Tensor, B: Tensor, theta: Tensor, spec: Spec) -> Tensor:
-    """The ceil(s*m*n)-th smallest \\|K\\|, a fresh 0-dim tensor of A's dtype; 0 where the sparsity is 0.
+    """The ceil(s*m*n)-th smallest \\|K\\|, a new 0-dim tensor of A's dtype; 0 if the sparsity is 0.
 
     Args:
-        A, B, theta: ``[n, r]``, ``[m, r]`` and ``[t]``, known to fit ``spec``.
+        A, B, theta: ``[n, r]``, ``[m, r]`` and ``[t]``, already checked against ``spec``.
     """
     if spec.sparsity == 0.0:
         return A.new_zeros(())
@@ -53,10 +53,10 @@ def count(
     k: int,
     add: Callable[[Tensor], Tensor] = lambda counts: counts,
 ) -> Tensor:
-    """The k-th smallest \\|K\\| by counting over blocks of rows, which the backend writes as an ungated update.
+    """The k-th smallest \\|K\\| by counting over blocks of rows of K, which the backend writes as an ungated update.
 
     Args:
-        add: turns the counts of this process's matrix into those of all pieces of it.
+        add: adds the counts of the other pieces of the matrix.
     """
     n, m = A.shape[0], B.shape[0]
     rows = block_length(n * A.element_size(), m, A.device.type)

@@ -1,4 +1,4 @@
-"""The thresholds of a whole model at once, so that a training step on a GPU pays a few launches for all layers."""
+"""Selects the thresholds of a whole model at once, so that similar layers share launches on a GPU."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ def _parameters(model: nn.Module) -> Iterator[Parameters]:
 
 @torch.no_grad()
 def refresh_thresholds(model: nn.Module) -> int:
-    """Select the thresholds of all of a model's layers together; each layer then uses its own without selecting.
+    """Select the thresholds of all layers of a model together. The layers then use them without selecting.
 
-    Optional: a layer without a fresh threshold selects it by itself, with the same result. Call it after
-    ``optimizer.step()``. A layer whose factors PyTorch knows to have changed since then selects again. A change that
-    PyTorch cannot see (a replayed CUDA graph, an optimizer that writes through raw pointers, ``.data``) is found on
-    the GPU: the layer then gives NaN rather than a wrong result, until this is called again. Layers whose factors
-    are sharded are left to select when they are gathered.
+    This is optional: a layer without a threshold selects one, with the same result. Call it after
+    ``optimizer.step()``. If PyTorch has recorded a later change of the factors, the layer selects again. Some changes
+    PyTorch cannot see: a replayed CUDA graph, an optimizer that writes through raw pointers, ``.data``. The GPU finds
+    these, and the layer gives NaN instead of a wrong result until this is called again. Layers with sharded factors
+    are skipped; they select when the factors are gathered.
 
     Args:
-        model: any module; layers are found however deep they sit.
+        model: any module; layers are found at any depth.
 
     Returns:
-        How many updates were selected for.
+        The number of updates whose thresholds were selected.
     """
-    from torch.distributed.tensor import DTensor  # seconds to import, which a program without it need not pay
+    from torch.distributed.tensor import DTensor  # takes seconds to import
 
     together: dict[tuple, list[Parameters]] = defaultdict(list)
     for A, B, theta, spec in _parameters(model):
