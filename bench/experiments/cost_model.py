@@ -2,13 +2,21 @@
 
 Counts come from how the layer is computed. Rates, seconds per unit of work, come from single operations at one size,
 SIDE x SIDE; nothing is fitted to the times predicted. docs/cost-model.md has the formula in one line.
+
+Kinds of work and their units. ``call``: one. ``gemm``: floating-point operations of library GEMMs. ``select``, ``merge``,
+``fused`` (gradients and merge in one pass over G), ``list`` (finding survivors): entries, once for each pass. ``fused
+move``, ``move``: survivors whose rows of the factors' gradients are moved. ``product``: survivors times tokens.
+``transpose``: activations copied.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
+import numpy as np
 import torch
 
 from snell import SnellLinear
@@ -19,8 +27,7 @@ from snell.bench.experiments.layer import Layers, floor_step
 DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 
 #: Rows and columns, and tokens of a GEMM. What a CPU's caches hold; enough to fill a GPU.
-SIDE = {"cpu": 1024, "cuda": 4096}
-TOKENS = {"cpu": 512, "cuda": 8192}
+SIDE, TOKENS = {"cpu": 1024, "cuda": 4096}, {"cpu": 512, "cuda": 8192}
 
 #: Where rates are measured; other ranks lie on the line through these two.
 RANKS = (32, 128)
@@ -30,6 +37,8 @@ FEW, MANY = 0.9, 0.5
 
 #: Tokens of the survivors' products: what a kernel takes at once at most, and a single round of its inner loop.
 LONG, SHORT = 512, 64
+
+Work = Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -45,59 +54,40 @@ class Point:
 
     @property
     def entries(self) -> int:
-        """m * n of one layer."""
+        """m * n of one layer; (1 - s) of them survive, and all where there is no competition."""
         return self.in_features * self.out_features
-
-    @property
-    def survivors(self) -> float:
-        """(1 - s) * m * n of one layer; every entry where there is no competition."""
-        return (1 - self.sparsity) * self.entries
 
 
 def takes_products(point: Point, device: str) -> bool:
     """Whether backward takes the survivors' G alone, as the CPU's backend does in float32."""
     able = core.takes_survivors(device) and DTYPES[device] == torch.float32 and point.sparsity > 0
-    return able and core.worth_taking_survivors(point.tokens, point.entries, point.survivors)
+    return able and core.worth_taking_survivors(point.tokens, point.entries, (1 - point.sparsity) * point.entries)
 
 
 def work_of(point: Point, products: bool) -> dict[str, float]:
-    """How many units of each kind of work one layer's forward and backward are.
-
-    Args:
-        products: whether the survivors' G is taken alone (:func:`takes_products`).
-
-    Returns:
-        Counts by name. ``call``: 1. ``gemm``: floating-point operations of library GEMMs. ``select``, ``merge``,
-        ``fused`` (gradients and merge in one pass over G), ``list`` (finding survivors): entries, once for each pass.
-        ``fused move``, ``move``: survivors whose rows of the factors' gradients are moved. ``product``: survivors times
-        tokens. ``transpose``: activations copied.
-    """
+    """Units of work of one layer's step; ``products`` says whether backward takes the survivors' G alone."""
     m, n, tokens, entries = point.out_features, point.in_features, point.tokens, point.entries
+    survivors = (1 - point.sparsity) * entries
     work: dict[str, float] = {"call": 1, "select": entries} if point.sparsity > 0 else {"call": 1}
     if not products:
         # x W^T, dY^T X and dY W; the pass that turns G into gradients leaves W0 + dW for the last.
-        return work | {"gemm": 6 * entries * tokens, "merge": entries, "fused": entries, "fused move": point.survivors}
+        return work | {"gemm": 6 * entries * tokens, "merge": entries, "fused": entries, "fused move": survivors}
     slabs = core.num_slabs(tokens, m, n, torch.float32.itemsize)
     work |= {"gemm": 4 * entries * tokens, "merge": 2 * entries, "list": slabs * entries}
-    return work | {
-        "move": slabs * point.survivors,
-        "product": tokens * point.survivors,
-        "transpose": (m + n) * tokens,
-    }
+    return work | {"move": slabs * survivors, "product": tokens * survivors, "transpose": (m + n) * tokens}
 
 
-def predicted_seconds(point: Point, products: bool, rates: Mapping[str, float]) -> dict[str, float]:
-    """Seconds of a step of all ``depth`` layers, by kind of work; ``rates`` holds seconds per unit of each."""
+def predicted_seconds(point: Point, products: bool, rates: Work) -> dict[str, float]:
+    """Seconds of a step of all ``depth`` layers, by kind of work."""
     return {kind: point.depth * count * rates[kind] for kind, count in work_of(point, products).items()}
 
 
 def predicted_bytes(point: Point, products: bool, element_size: int, device: str) -> dict[str, int]:
-    """What a step should hold, in bytes, for activations of ``element_size`` and float32 factors.
+    """What a step should hold for activations of ``element_size`` bytes and float32 factors.
 
-    Returns:
-        ``saved``: kept from forward to backward beyond parameters: every layer's x and tau. ``outputs``: of the extra
-        peak, what the caller asked for: outputs of every layer, the gradient of x and of the factors. ``workspace``:
-        the rest, a block of W0 + dW or a slab of transposed activations, whichever is more.
+    ``saved``: kept for backward beyond parameters, every layer's x and tau. ``outputs``: of the extra peak, outputs of
+    every layer, the gradient of x and of the factors. ``workspace``: the rest, a block of W0 + dW or a slab of transposed
+    activations, whichever is more.
     """
     m, n, tokens = point.out_features, point.in_features, point.tokens
     blocks = [lines * core.block_length(lines * element_size, others, device) for lines, others in ((n, m), (m, n))]
@@ -109,8 +99,8 @@ def predicted_bytes(point: Point, products: bool, element_size: int, device: str
     }
 
 
-def operations(rank: int, device: str) -> dict[str, Step]:
-    """The layer's single operations on one update of SIDE x SIDE, by name."""
+def operations(rank: int, device: str) -> dict[str, tuple[Step, Work]]:
+    """The layer's single operations on one update of SIDE x SIDE, each with its work."""
     side, options = SIDE[device], {"device": device, "dtype": DTYPES[device]}
     update, denser = (core.new_update(side, side, rank, device, sparsity) for sparsity in (FEW, MANY))
     # Where a backend copies the factors, it does so once a pass and not once a block.
@@ -118,38 +108,36 @@ def operations(rank: int, device: str) -> dict[str, Step]:
     few, many = backend.prepare(update), backend.prepare(denser)
     none, grads = few._replace(tau=torch.full_like(few.tau, torch.inf)), core.Gradients.zeros(few)
     weight, G, out = (torch.randn(side, side, **options) for _ in range(3))
-    steps: dict[str, Step] = {
-        "select": lambda: (core.forget(), core.select(update)),
-        "merge": lambda: backend.merge(few, weight, out),
-        "fused, none": lambda: backend.factor_grad(G, none, grads, weight, out),
-        "fused, many": lambda: backend.factor_grad(G, many, grads, weight, out),
+    entries = side**2
+    found: dict[str, tuple[Step, Work]] = {
+        "select": (lambda: (core.forget(), core.select(update)), {"select": entries}),
+        "merge": (lambda: backend.merge(few, weight, out), {"merge": entries}),
     }
+    for name, of, share in (("none", none, 0), ("many", many, 1 - MANY)):
+        work = {"fused": entries, "fused move": share * entries}
+        found[f"fused, {name}"] = partial(backend.factor_grad, G, of, grads, weight, out), work
     if core.takes_survivors(device):
         # [features, tokens]: the kernel reads activations transposed.
         short, long = ([torch.randn(side, tokens, **options) for _ in range(2)] for tokens in (SHORT, LONG))
-        steps["products, none"] = lambda: core.survivors_grad_of_slab(*short, none, grads)
-        steps["products, short"] = lambda: core.survivors_grad_of_slab(*short, few, grads)
-        steps["products, long"] = lambda: core.survivors_grad_of_slab(*long, few, grads)
-        steps["transpose"] = lambda: long[0].t().contiguous()
-    return steps
+        for name, xs, of, survivors in (
+            ("none", short, none, 0),
+            ("short", short, few, (1 - FEW) * entries),
+            ("long", long, few, (1 - FEW) * entries),
+        ):
+            work = {"list": entries, "move": survivors, "product": survivors * xs[0].shape[1]}
+            found[f"products, {name}"] = partial(core.survivors_grad_of_slab, *xs, of, grads), work
+        found["transpose"] = (lambda: long[0].t().contiguous()), {"transpose": side * LONG}
+    return found
 
 
-def rates_of(seconds: Mapping[str, float], side: int) -> dict[str, float]:
-    """Seconds per unit of each kind of work but ``gemm`` and ``call``, from the times of the operations."""
-    entries = side**2
-    rates = {"select": seconds["select"] / entries, "merge": seconds["merge"] / entries}
-    rates["fused"] = seconds["fused, none"] / entries
-    rates["fused move"] = (seconds["fused, many"] / entries - rates["fused"]) / (1 - MANY)
-    if "transpose" in seconds:
-        survivors, found = (1 - FEW) * entries, seconds["products, short"] - seconds["products, none"]
-        rates["list"] = seconds["products, none"] / entries
-        rates["product"] = (seconds["products, long"] - seconds["products, short"]) / (survivors * (LONG - SHORT))
-        rates["move"] = found / survivors - SHORT * rates["product"]
-        rates["transpose"] = seconds["transpose"] / (side * LONG)
-    return rates
+def rates_of(work: Mapping[str, Work], seconds: Work) -> dict[str, float]:
+    """Seconds per unit of each kind of work, from what as many operations as there are kinds took."""
+    kinds = list(dict.fromkeys(kind for units in work.values() for kind in units))
+    matrix = [[units.get(kind, 0) for kind in kinds] for units in work.values()]
+    return dict(zip(kinds, np.linalg.solve(matrix, [seconds[name] for name in work]).tolist(), strict=True))
 
 
-def at_rank(low: Mapping[str, float], high: Mapping[str, float], ranks: tuple[int, int], rank: int) -> dict[str, float]:
+def at_rank(low: Work, high: Work, ranks: tuple[int, int], rank: int) -> dict[str, float]:
     """Rates at ``rank`` on the straight line through those measured at two ranks."""
     share = (rank - ranks[0]) / (ranks[1] - ranks[0])
     return {kind: low[kind] + share * (high[kind] - low[kind]) for kind in low}
@@ -164,21 +152,22 @@ class Calibration:
         few = torch.randn(4, 16, **options).requires_grad_()
         # A layer so small that all its time is overhead.
         call = Layers(SnellLinear(16, 16, **options), few, torch.ones_like(few)).step
-        self.common, self.side = {"call": call, "gemm": floor_step(x, weight, grad_y)}, side
-        self.flops, self.operations = 6 * tokens * side**2, {rank: operations(rank, device) for rank in RANKS}
+        common = {"call": (call, {"call": 1}), "gemm": (floor_step(x, weight, grad_y), {"gemm": 6 * tokens * side**2})}
+        self.operations = {0: common} | {rank: operations(rank, device) for rank in RANKS}
 
     def _needed(self, rank: int) -> tuple[int, ...]:
-        """A rank that is measured needs no line through two."""
-        return (rank,) if rank in RANKS else RANKS
+        """What depends on no rank, and a rank that is measured; where it is not, a line through two needs both."""
+        return (0, rank) if rank in RANKS else (0, *RANKS)
 
-    def steps(self, rank: int) -> dict[str, Step]:
-        """What to time for rates at ``rank``, by name."""
-        steps = {f"{name}, rank {r}": step for r in self._needed(rank) for name, step in self.operations[r].items()}
-        return self.common | steps
+    def steps(self, rank: int) -> dict[tuple[str, int], Step]:
+        """What to time for rates at ``rank``."""
+        return {(name, r): step for r in self._needed(rank) for name, (step, _) in self.operations[r].items()}
 
-    def rates(self, seconds: Mapping[str, float], rank: int) -> dict[str, float]:
+    def rates(self, seconds: Mapping[Any, float], rank: int) -> dict[str, float]:
         """Seconds per unit of each kind of work, from the times of :meth:`steps`."""
-        times = [{name: seconds[f"{name}, rank {r}"] for name in self.operations[r]} for r in self._needed(rank)]
-        found = [rates_of(one, self.side) for one in times]
-        rates = found[0] if len(found) == 1 else at_rank(*found, RANKS, rank)
-        return rates | {"call": seconds["call"], "gemm": seconds["gemm"] / self.flops}
+        found = []
+        for r in self._needed(rank):
+            work = {name: units for name, (_, units) in self.operations[r].items()}
+            found.append(rates_of(work, {name: seconds[name, r] for name in work}))
+        common, *at = found
+        return common | (at[0] if len(at) == 1 else at_rank(*at, RANKS, rank))

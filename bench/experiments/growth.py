@@ -38,20 +38,19 @@ Axes = Mapping[str, Sequence[Point]]
 def axes(device: str) -> dict[str, list[Point]]:
     """The points along each axis; the axes but m*n go through one layer, a ViT's first MLP or a 7B Llama's on a GPU."""
     if device == "cpu":
-        squares: tuple[int, ...] = (512, 724, 1024, 1536, 2048, 3072, 4096, 5120)
-        others = (3072, 768), (768, 3072), (4096, 11008)
-        middle, tokens, rows = Point(768, 3072, 512, 32, 0.9), (64, 256, 512, 1024, 2048, 4096), 512
+        middle, side, tokens = Point(768, 3072, 512, 32, 0.9), 512, (64, 256, 512, 1024, 2048, 4096)
+        squares, large = (512, 724, 1024, 1536, 2048, 3072, 4096, 5120), (4096, 11008)
     else:
-        squares = 1024, 2048, 4096, 8192, 10240
-        others = (11008, 4096), (4096, 11008), (8192, 28672)
-        middle, tokens, rows = Point(4096, 11008, 8192, 32, 0.9), (512, 2048, 8192, 16384), 2048
+        middle, side, tokens = Point(4096, 11008, 8192, 32, 0.9), 2048, (512, 2048, 8192, 16384)
+        squares, large = (1024, 2048, 4096, 8192, 10240), (8192, 28672)
+    n, m = middle.in_features, middle.out_features
     return {
-        "m*n": [replace(middle, in_features=side, out_features=side) for side in squares],
+        "m*n": [replace(middle, in_features=s, out_features=s) for s in squares],
         "rank": [replace(middle, rank=r) for r in (8, 16, 32, 64, 128)],
         "tokens": [replace(middle, tokens=t) for t in tokens],
         "survivors": [replace(middle, sparsity=s) for s in (0.0, 0.5, 0.8, 0.9, 0.95, 0.99)],
-        "depth": [replace(middle, in_features=rows, out_features=rows, depth=d) for d in (1, 2, 4, 8, 16)],
-        "other shapes": [replace(middle, in_features=n, out_features=m) for n, m in others],
+        "depth": [replace(middle, in_features=side, out_features=side, depth=d) for d in (1, 2, 4, 8, 16)],
+        "other shapes": [replace(middle, in_features=i, out_features=o) for i, o in ((m, n), (n, m), large)],
     }
 
 
@@ -94,7 +93,7 @@ def measure_times(point: Point, device: str, budget: float, calibration: Calibra
         "survivors_products_alone": products,
         "seconds": {name: statistics.median(taken[name]) for name in ("snell", "lora", "floor")},
         "predicted_seconds": {kind: statistics.median(k[kind] for k in by_kind) for kind in by_kind[0]},
-        "clock_seconds": statistics.median(taken["gemm"]),
+        "clock_seconds": statistics.median(taken["gemm", 0]),
         "measured_over_predicted": median_ratio(taken["snell"], [sum(kinds.values()) for kinds in by_kind]),
         "measured_over_predicted_single_rate": median_ratio(taken["snell"], single),
         "snell_over_floor": median_ratio(taken["snell"], taken["floor"]),

@@ -123,11 +123,13 @@ def summary(measured: Mapping[str, Sequence[Row]]) -> str:
     """How many points lie within the tolerance, in one sentence."""
     point = ("in_features", "out_features", "rank", "tokens", "sparsity", "depth")
     rows = list({tuple(row[key] for key in point): row for rows in measured.values() for row in rows}.values())
-    keys = {"": "measured_over_predicted", " with one GEMM rate": "measured_over_predicted_single_rate"}
-    within = {name: sum(within_tolerance(row[key]) for row in rows) for name, key in keys.items()}
-    counted = "; ".join(f"{count} of {len(rows)} points{name}" for name, count in within.items())
-    worst = max((row["measured_over_predicted"] for row in rows), key=lambda ratio: abs(math.log(ratio)))
-    return f"Within {TOLERANCE:.0%} of the prediction: {counted}. Furthest off: {worst:.2f}."
+    at_point, single = ([row[f"measured_over_predicted{key}"] for row in rows] for key in ("", "_single_rate"))
+    count, count_single = (sum(map(within_tolerance, ratios)) for ratios in (at_point, single))
+    worst = max(at_point, key=lambda ratio: abs(math.log(ratio)))
+    return (
+        f"Within {TOLERANCE:.0%} of the prediction: {count} of {len(rows)} points; {count_single} of {len(rows)} points "
+        f"with one GEMM rate. Furthest off: {worst:.2f}."
+    )
 
 
 def prediction_table(measured: Mapping[str, Sequence[Row]]) -> str:
