@@ -14,7 +14,7 @@ __all__ = ["DEFAULT_SCALES", "GATES", "Spec"]
 #: ``none`` applies if ``sparsity == 0``: no competition, dW = K.
 GATES = ("soft", "magnitude", "hard", "none")
 
-#: The initial scale by the gate that applies. ``soft`` and ``magnitude`` multiply K by about its own size, so the update
+#: The initial scale by the gate that applies. ``soft`` and ``magnitude`` multiply K by about its own size: the update
 #: is of order scale^2 / in_features. At a scale of 3, LoRA's learning rates work (``snell bench gates``) and the update
 #: starts small. With the other two gates dW is K itself, and a scale near 1 would change a fresh layer's weight a lot.
 DEFAULT_SCALES = {"soft": 3.0, "magnitude": 3.0, "hard": 0.1, "none": 0.1}

@@ -3,8 +3,8 @@
 Counts come from how the layer is computed. Rates, seconds per unit of work, come from single operations at one size,
 SIDE x SIDE; nothing is fitted to the times predicted. docs/cost-model.md has the formula in one line.
 
-Kinds of work and their units. ``call``: one. ``gemm``: floating-point operations of library GEMMs. ``select``, ``merge``,
-``fused`` (gradients and merge in one pass over G), ``list`` (finding survivors): entries, once for each pass. ``fused
+Kinds of work and their units. ``call``: one. ``gemm``: floating-point operations of library GEMMs. ``select``,
+``merge``, ``fused`` (gradients and merge in one pass over G), ``list`` (finding survivors): entries, once for each pass. ``fused
 move``, ``move``: survivors whose rows of the factors' gradients are moved. ``product``: survivors times tokens.
 ``transpose``: activations copied.
 """
@@ -86,8 +86,8 @@ def predicted_bytes(point: Point, products: bool, element_size: int, device: str
     """What a step should hold for activations of ``element_size`` bytes and float32 factors.
 
     ``saved``: kept for backward beyond parameters, every layer's x and tau. ``outputs``: of the extra peak, outputs of
-    every layer, the gradient of x and of the factors. ``workspace``: the rest, a block of W0 + dW or a slab of transposed
-    activations, whichever is more.
+    every layer, the gradient of x and of the factors. ``workspace``: the rest, a block of W0 + dW or a slab of
+    transposed activations, whichever is more.
     """
     m, n, tokens = point.out_features, point.in_features, point.tokens
     blocks = [lines * core.block_length(lines * element_size, others, device) for lines, others in ((n, m), (m, n))]
@@ -134,7 +134,9 @@ def rates_of(work: Mapping[str, Work], seconds: Work) -> dict[str, float]:
     """Seconds per unit of each kind of work, from what as many operations as there are kinds took."""
     kinds = list(dict.fromkeys(kind for units in work.values() for kind in units))
     matrix = [[units.get(kind, 0) for kind in kinds] for units in work.values()]
-    return dict(zip(kinds, np.linalg.solve(matrix, [seconds[name] for name in work]).tolist(), strict=True))
+    rates = np.linalg.solve(matrix, [seconds[name] for name in work])
+    # A rate too small to be told from the noise may come out negative.
+    return dict(zip(kinds, rates.clip(min=0).tolist(), strict=True))
 
 
 def at_rank(low: Work, high: Work, ranks: tuple[int, int], rank: int) -> dict[str, float]:

@@ -127,8 +127,8 @@ def summary(measured: Mapping[str, Sequence[Row]]) -> str:
     count, count_single = (sum(map(within_tolerance, ratios)) for ratios in (at_point, single))
     worst = max(at_point, key=lambda ratio: abs(math.log(ratio)))
     return (
-        f"Within {TOLERANCE:.0%} of the prediction: {count} of {len(rows)} points; {count_single} of {len(rows)} points "
-        f"with one GEMM rate. Furthest off: {worst:.2f}."
+        f"Within {TOLERANCE:.0%} of the prediction: {count} of {len(rows)} points; {count_single} of {len(rows)} "
+        f"points with one GEMM rate. Furthest off: {worst:.2f}."
     )
 
 
