@@ -4,9 +4,9 @@ Counts come from how the layer is computed. Rates, seconds per unit of work, com
 SIDE x SIDE; nothing is fitted to the times predicted. docs/cost-model.md has the formula in one line.
 
 Kinds of work and their units. ``call``: one. ``gemm``: floating-point operations of library GEMMs. ``select``,
-``merge``, ``fused`` (gradients and merge in one pass over G), ``list`` (finding survivors): entries, once for each pass. ``fused
-move``, ``move``: survivors whose rows of the factors' gradients are moved. ``product``: survivors times tokens.
-``transpose``: activations copied.
+``merge``, ``fused`` (gradients and merge in one pass over G), ``list`` (finding survivors): entries, once for each
+pass. ``fused move``, ``move``: survivors whose rows of the factors' gradients are moved. ``product``: survivors times
+tokens. ``transpose``: activations copied.
 """
 
 from __future__ import annotations
@@ -134,9 +134,7 @@ def rates_of(work: Mapping[str, Work], seconds: Work) -> dict[str, float]:
     """Seconds per unit of each kind of work, from what as many operations as there are kinds took."""
     kinds = list(dict.fromkeys(kind for units in work.values() for kind in units))
     matrix = [[units.get(kind, 0) for kind in kinds] for units in work.values()]
-    rates = np.linalg.solve(matrix, [seconds[name] for name in work])
-    # A rate too small to be told from the noise may come out negative.
-    return dict(zip(kinds, rates.clip(min=0).tolist(), strict=True))
+    return dict(zip(kinds, np.linalg.solve(matrix, [seconds[name] for name in work]).tolist(), strict=True))
 
 
 def at_rank(low: Work, high: Work, ranks: tuple[int, int], rank: int) -> dict[str, float]:
@@ -172,4 +170,6 @@ class Calibration:
             work = {name: units for name, (_, units) in self.operations[r].items()}
             found.append(rates_of(work, {name: seconds[name, r] for name in work}))
         common, *at = found
-        return common | (at[0] if len(at) == 1 else at_rank(*at, RANKS, rank))
+        rates = common | (at[0] if len(at) == 1 else at_rank(*at, RANKS, rank))
+        # A rate too small to be told from the noise may come out negative.
+        return {kind: max(rate, 0.0) for kind, rate in rates.items()}
