@@ -246,6 +246,40 @@ def test_an_interrupt_leaves_each_adapter_merged_or_not_and_says_which(monkeypat
     assert seen == set(states)
 
 
+class Requantiser:
+    """Stands for PEFT's backend of a quantisation: what merges into an :class:`Opaque` base."""
+
+    supports_merge = True
+
+    def get_base_weight(self, layer):
+        return layer.qweight * layer.scale
+
+    def set_base_weight(self, tuner_layer, weight):
+        fresh = Opaque(nn.Linear(N, M, bias=False))
+        fresh.weight = nn.Parameter(weight.clone(), requires_grad=False)
+        fresh.scale = weight.abs().max() / 127
+        fresh.qweight = (weight / fresh.scale).round().to(torch.int8)
+        fresh.bias = tuner_layer.get_base_layer().bias
+        tuner_layer.base_layer = fresh
+
+
+def test_an_interrupt_leaves_a_quantised_base_merged_or_not_and_says_which(monkeypatch):
+    monkeypatch.setattr("snell.peft.common.base.resolve_quantization_backend", lambda *_, **__: Requantiser())
+    layer = adapt(opaque())
+    layer.base_layer.weight = None  # PEFT asks every quantised layer for one
+    states = {False: layer.base_layer.qweight.clone()}
+    layer.merge()
+    states[True] = layer.base_layer.qweight.clone()
+    assert not torch.equal(states[True], states[False])
+    for merged, work, again in ((True, layer.unmerge, layer.merge), (False, layer.merge, layer.unmerge)):
+        assert layer.merged == merged
+        for instruction in at_every_instruction(work):
+            assert torch.equal(layer.base_layer.qweight, states[layer.merged]), (work.__name__, instruction)
+            if layer.merged != merged:
+                again()
+            assert torch.equal(layer.base_layer.qweight, states[merged]), (work.__name__, instruction)
+
+
 def test_an_adapter_is_merged_once():
     layer = adapt(linear())
     layer.merge()
