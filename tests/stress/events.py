@@ -181,5 +181,5 @@ class Turmoil:
 
 def _values_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
     """Whether two adapters hold the same bits, whatever their names."""
-    ours, theirs = ({key.rpartition(".")[0]: value for key, value in one.items()} for one in (ours, theirs))
+    ours, theirs = ({key.rsplit(".", 2)[0]: value for key, value in one.items()} for one in (ours, theirs))
     return same(ours, theirs)
