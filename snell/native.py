@@ -111,7 +111,7 @@ def instruction_set() -> str | None:
 
 def _address(tensor: Tensor) -> int:
     address = tensor.data_ptr()
-    if not address:
+    if not address and tensor.numel():  # a piece of a split weight may be empty
         raise TypeError(f"a {type(tensor).__name__} holds no memory of its own that a native kernel could read")
     return address
 

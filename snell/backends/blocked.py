@@ -43,7 +43,7 @@ class BlockedBackend(Backend):
 
 def _tiles(update: Update) -> Iterator[tuple[slice, slice]]:
     m, n = update.shape
-    cols = min(n, 512)
+    cols = max(min(n, 512), 1)  # a piece of a split weight may be empty
     rows = max(1, TILE_PRODUCTS // (cols * update.spec.rank))
     for i in range(0, m, rows):
         for j in range(0, n, cols):

@@ -13,6 +13,7 @@ WORK = (
     "fsdp",
     "fsdp_mixed_precision",
     "selection",
+    "splits",
     "tensor_parallel",
     "tensor_parallel_before_peft",
     "other_layouts_are_refused",

@@ -16,10 +16,10 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Replicate
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from snell import competition, functional
+from snell import backends, competition, functional
 from snell.competition.processes import select_among
 from snell.distributed import Split
 from snell.peft import AdaptedLinear, SnellConfig
@@ -118,6 +118,38 @@ def _parallel(module: nn.Module, suffix: str = "") -> nn.Module:
         for name in ("self_attn.o_proj", "mlp.down_proj"):
             plan[f"model.layers.{i}.{name}{suffix}"] = RowwiseParallel()
     return parallelize_module(module, mesh, plan)
+
+
+def splits() -> None:
+    for name in sorted(backends.AVAILABLE.keys() - {"triton"}):
+        with backends.use(name):
+            _splits()
+
+
+def _splits() -> None:
+    """Where the processes' pieces are not of one size, or one has none."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    spec = Spec(4, 0.5)
+    for shape in ((6, 4), (7, 4), (4, 9), (1, 5), (5, 1)):
+        torch.manual_seed(shape[0])
+        weight, G = torch.randn(shape), torch.randn(shape)
+        leaves = [torch.randn(shape[1], 4), torch.randn(shape[0], 4), torch.tensor([0.3, -0.2])]
+        leaves = [leaf.requires_grad_() for leaf in leaves]
+        whole = functional.dense(functional.update(*leaves, spec))
+        grads = torch.autograd.grad(whole, leaves, G)
+        for axis in (0, 1):
+            sharded = distribute_tensor(weight, mesh, [Shard(axis)])
+            split = Split.of(sharded)
+            assert split.axis == axis
+            held = (split.held,) if axis == 0 else (slice(None), split.held)
+            assert torch.equal(weight[held], sharded.to_local()), (shape, split)
+            competition.forget()
+            piece = functional.dense(split.update(*leaves, spec))
+            assert torch.equal(piece, whole[held]), (shape, split)
+            for ours, theirs in zip(torch.autograd.grad(piece, leaves, G[held]), grads, strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        assert Split.of(distribute_tensor(weight, mesh, [Replicate()])) is None
+    assert Split.of(weight) is None
 
 
 def tensor_parallel() -> None:
