@@ -297,6 +297,7 @@ def test_to_linear_is_an_ordinary_linear(backend, bias, merged):
     if merged:
         layer.merge()
     linear = layer.to_linear()
+    assert not any(parameter.requires_grad for parameter in linear.parameters())
     assert type(linear) is nn.Linear
     assert not linear.training
     assert (linear.bias is not None) == bias

@@ -42,9 +42,10 @@ class Group(NamedTuple):
 
 
 OPERATIONS = ("tests/backends/test_operations.py", "tests/test_functional.py", "tests/test_blocks.py")
-LAYER = ("tests/test_linear.py", "tests/test_linear_modes.py", "tests/test_linear_state.py", "tests/test_memory.py")
+LAYER = ("tests/test_linear.py", "tests/test_linear_modes.py", "tests/test_linear_state.py", "tests/test_precision.py",
+         "tests/test_memory.py", "tests/test_half_precision_sums.py")  # fmt: skip
 COMPETITION = ("tests/competition", "tests/backends/test_cpu.py")
-ERRORS = ("tests/test_spec.py", "tests/test_functional_errors.py", "tests/test_reference.py")
+ERRORS = ("tests/test_spec.py", "tests/test_functional_errors.py", "tests/test_reference.py", "tests/test_precision.py")
 TRITON = ("tests/kernels/test_select.py", "tests/backends/test_triton.py")
 
 GROUPS = (
@@ -52,7 +53,7 @@ GROUPS = (
           (*ERRORS, *LAYER[:3], "tests/test_golden.py")),
     Group(("snell/functional.py", "snell/update.py"), 12, (*ERRORS, *OPERATIONS[1:], *LAYER)),
     Group(("snell/blocks.py", "snell/ops.py", "snell/merging.py"), 16, (*OPERATIONS, *LAYER, *COMPETITION)),
-    Group(("snell/linear.py", "snell/initial.py"), 10, (*LAYER, "tests/test_golden.py")),
+    Group(("snell/linear.py", "snell/initial.py"), 10, (*LAYER, "tests/test_initial.py", "tests/test_golden.py")),
     Group(("snell/backends/__init__.py", "snell/backends/base.py", "snell/backends/blocked.py", "snell/backends/cpu.py",
            "snell/backends/layout.py"), 8, (*OPERATIONS, *COMPETITION, "tests/test_native.py", *LAYER)),
     Group(("snell/native.py",), 12, ("tests/test_native.py", *OPERATIONS[:1], *COMPETITION)),
