@@ -30,9 +30,8 @@ class Published(nn.Module):
     def __init__(self, base: nn.Linear, rank: int = RANK) -> None:
         super().__init__()
         self.base = base.requires_grad_(False)
-        options = {"device": base.weight.device}
-        self.A = nn.Parameter(torch.empty(base.in_features, rank, **options))
-        self.B = nn.Parameter(torch.empty(base.out_features, rank, **options))
+        sizes = (base.in_features, rank), (base.out_features, rank)
+        self.A, self.B = (nn.Parameter(torch.empty(size, device=base.weight.device)) for size in sizes)
         for factor in (self.A, self.B):
             bound = (factor.numel() / GROUPS) ** -0.5
             nn.init.uniform_(factor, -bound, bound)

@@ -169,10 +169,8 @@ class Transfer:
         self.settings, self.domains = settings or Settings(), load_domains()
         self.bar = tqdm(disable=True) if bar is None else bar
         torch.manual_seed(0)
-        self.pretrained, source = new_vit(), self.domains.source_train
-        train(
-            self.pretrained, source, self.settings.pretraining_rate, self.settings.pretraining_steps, 0, self.bar.update
-        )
+        self.pretrained, schedule = new_vit(), (self.settings.pretraining_rate, self.settings.pretraining_steps)
+        train(self.pretrained, self.domains.source_train, *schedule, seed=0, tick=self.bar.update)
 
     def few(self, seed: int) -> Images:
         """The labels of one draw."""

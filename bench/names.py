@@ -37,14 +37,9 @@ MODELS = ("vit-b", "bert-base", "llama")
 VITS: dict[str, dict[str, int]] = {
     "ViT-B/16": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
     "ViT-L/16": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
-    "ViT-H/14": {
-        "hidden_size": 1280,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 16,
-        "intermediate_size": 5120,
-        "patch_size": 14,
-    },
 }
+VITS["ViT-H/14"] = {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16, "intermediate_size": 5120}
+VITS["ViT-H/14"]["patch_size"] = 14
 
 #: The tasks of ``snell bench gates``, and the results file of each.
 TASKS = {"digits": "gates", "text": "gates-minilm"}

@@ -48,17 +48,12 @@ def bert_base(device: str) -> Workload:
 def llama(device: str) -> Workload:
     """On a GPU four layers of Llama-2-7B's shape in bfloat16; on a CPU a quarter of its width in float32."""
     shrink, tokens, dtype = (4, 512, torch.float32) if device == "cpu" else (1, 2048, torch.bfloat16)
-    config = tf.LlamaConfig(
-        hidden_size=4096 // shrink,
-        intermediate_size=11008 // shrink,
-        num_attention_heads=32 // shrink,
-        num_hidden_layers=4,
-    )
+    sizes = {"hidden_size": 4096 // shrink, "intermediate_size": 11008 // shrink, "num_attention_heads": 32 // shrink}
+    config = tf.LlamaConfig(**sizes, num_hidden_layers=4)
     with torch.device(device):
-        model = tf.LlamaForCausalLM(config).to(dtype)
-        words = torch.randint(config.vocab_size, (1, tokens))
-    name = f"Llama, {config.num_hidden_layers} x {config.hidden_size}, {tokens} tokens, {dtype}"
-    return Workload(name.replace("torch.", ""), model, {"input_ids": words, "labels": words})
+        model, words = tf.LlamaForCausalLM(config).to(dtype), torch.randint(config.vocab_size, (1, tokens))
+    name = f"Llama, 4 x {config.hidden_size}, {tokens} tokens, {dtype}".replace("torch.", "")
+    return Workload(name, model, {"input_ids": words, "labels": words})
 
 
 #: The models of ``snell bench models``, each made on a device.

@@ -4,9 +4,9 @@ Counts come from how the layer is computed. Rates, seconds per unit of work, com
 SIDE x SIDE; nothing is fitted to the times predicted. docs/cost-model.md has the formula in one line.
 
 Kinds of work and their units. ``call``: one. ``gemm``: floating-point operations of library GEMMs. ``select``,
-``merge``, ``fused`` (gradients and merge in one pass over G), ``list`` (finding survivors): entries, once for each
-pass. ``fused move``, ``move``: survivors whose rows of the factors' gradients are moved. ``product``: survivors times
-tokens. ``transpose``: activations copied.
+``merge``, ``fused`` (gradients and merge in one pass over G), ``list`` (finding survivors): entries, once a pass.
+``fused move``, ``move``: survivors whose rows of the factors' gradients are moved. ``product``: survivors times tokens.
+``transpose``: activations copied.
 """
 
 from __future__ import annotations

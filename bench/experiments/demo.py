@@ -15,11 +15,11 @@ import copy
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import click
 import torch
@@ -135,47 +135,44 @@ def report(document: Document) -> str:
     )
 
 
-def _sheet(axes: Axes, images: Images, title: str) -> None:
-    """One column a digit, four examples of each."""
-    chosen = [torch.nonzero(images.labels == digit).flatten()[:4] for digit in range(CLASSES)]
-    tiles = torch.stack([images.pixels[index, 0] for index in chosen])  # [digit, row, 8, 8]
-    padded = nn.functional.pad(tiles, (1, 1, 1, 1), value=float("nan")).permute(1, 2, 0, 3)
-    axes.imshow(padded.reshape(40, CLASSES * 10).numpy(), cmap="gray", vmin=-1.3, vmax=1.3)
-    axes.set_title(title, loc="left", fontsize=11)
-    axes.axis("off")
-
-
-def _update_map(axes: Axes, delta: Tensor, name: str, layer: str) -> None:
-    """Entries of dW by sign and size; entries that are exactly zero stay white."""
-    limit = delta.abs().max().item() or 1.0
-    shown = torch.where(delta == 0, torch.nan, delta.sign() * (delta.abs() / limit).sqrt())
-    axes.imshow(shown.T.numpy(), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest", aspect="auto")
-    changed = f"{int(delta.count_nonzero()):,} of {delta.numel():,} entries changed (red up, blue down)"
-    axes.set_title(f"{name}: {changed}", loc="left", fontsize=11)
-    axes.set(xlabel=f"row of {layer}", ylabel="column", xticks=[], yticks=[])
-
-
-def _accuracies(rows: Sequence[Mapping[str, Any]], untuned: float) -> Panel:
-    series, ticks = [], {}
-    for x, (row, method) in enumerate(zip(rows, METHODS, strict=False)):
-        mean = statistics.fmean(row["test"])
-        series.append(Series([mean], [x], colour=method.colour, bars=0.6, style={"alpha": 0.35}))
-        series.append(Series(row["test"], [x] * len(row["test"]), colour=method.colour, look="o"))
-        ticks[x] = f"{row['method'].replace(' ', chr(10), 1)}\n{mean:.1f}"
-    title = "test accuracy, % (dots: draws of labels; line: before tuning)"
-    return Panel(title, series, ylim=(0, 100), ticks=ticks, level=untuned)
-
-
 def draw_all(
     path: Path, domains: digits.Domains, document: Document, updates: Mapping[str, Tensor], layer: str
 ) -> None:
     """Both domains, what each method reached, and which entries of one layer's weight it changed."""
-    upright = partial(_sheet, images=domains.source_test, title="source: handwritten digits, upright")
-    turned = partial(_sheet, images=domains.target_test, title="target: turned by a quarter, inverted, noisy")
-    top = [upright, turned, _accuracies(document["methods"], document["target_accuracy_before_tuning"])]
+
+    def examples(images: Images, title: str) -> Callable[[Axes], None]:
+        """One column a digit, four examples of each."""
+        chosen = [torch.nonzero(images.labels == digit).flatten()[:4] for digit in range(CLASSES)]
+        tiles = torch.stack([images.pixels[index, 0] for index in chosen])  # [digit, row, 8, 8]
+        sheet = nn.functional.pad(tiles, (1, 1, 1, 1), value=float("nan")).permute(1, 2, 0, 3).reshape(40, 10 * CLASSES)
+        return partial(image, values=sheet, title=title, limit=1.3, cmap="gray")
+
+    def change(name: str, delta: Tensor) -> Callable[[Axes], None]:
+        """Entries of dW by sign and size; entries that are exactly zero stay white."""
+        shown = torch.where(delta == 0, torch.nan, delta.sign() * (delta.abs() / delta.abs().max()).sqrt())
+        title = f"{name}: {int(delta.count_nonzero()):,} of {delta.numel():,} entries changed (red up, blue down)"
+        return partial(image, values=shown.T, title=f"{title}\n{layer}", limit=1, cmap="RdBu_r")
+
+    def image(axes: Axes, values: Tensor, title: str, limit: float, cmap: str) -> None:
+        axes.imshow(values.numpy(), cmap=cmap, vmin=-limit, vmax=limit, interpolation="nearest", aspect="auto")
+        axes.set_title(title, loc="left", fontsize=11)
+        axes.set(xticks=[], yticks=[])
+
+    series, ticks = [], {}
+    for x, (row, method) in enumerate(zip(document["methods"], METHODS, strict=False)):
+        mean = statistics.fmean(row["test"])
+        series.append(Series([mean], [x], colour=method.colour, bars=0.6, style={"alpha": 0.35}))
+        series.append(Series(row["test"], [x] * len(row["test"]), colour=method.colour, look="o"))
+        ticks[x] = row["method"].replace(" ", "\n", 1) + f"\n{mean:.1f}"
+    title, level = (
+        "test accuracy, % (dots: draws of labels; line: before tuning)",
+        document["target_accuracy_before_tuning"],
+    )
+    upright = examples(domains.source_test, "source: handwritten digits, upright")
+    turned = examples(domains.target_test, "target: turned by a quarter, inverted, noisy")
+    top = [upright, turned, Panel(title, series, ylim=(0, 100), ticks=ticks, level=level)]
     # The probe changes no weight of the backbone.
-    changes = {name: delta for name, delta in updates.items() if delta.any()}
-    maps = [partial(_update_map, delta=delta, name=name, layer=layer) for name, delta in changes.items()]
+    maps = [change(name, delta) for name, delta in updates.items() if delta.any()]
     picture(path, "A small vision transformer tuned for another domain with ten labels a class", [top, maps])
 
 

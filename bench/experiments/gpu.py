@@ -66,17 +66,10 @@ def factor_grad(m: int, n: int, rank: int, device: str) -> Iterator[Row]:
     grads, sets = core.Gradients.zeros(update), _matrices(m, cols, device, 3)
     seconds = median_seconds(_steps(lambda G, W, out: backend.factor_grad(G, update, grads, W, out), sets), device)
     copied = median_seconds(_steps(lambda G, W, out: out.copy_(G), sets), device)
-    yield {
-        "out": m,
-        "columns": cols,
-        "rank": rank,
-        "ms": seconds * 1e3,
-        "ms of the layer": seconds * 1e3 * n / cols,
-        "ms of a copy and a half": 1.5 * copied * 1e3,
-        "TB/s": 6 * m * cols / seconds / 1e12,
-        # The statistic as in merge, and two products on tensor cores.
-        "TFLOP/s": (3 + 4) * rank * m * cols / seconds / 1e12,
-    }
+    times = {"ms": seconds, "ms of the layer": seconds * n / cols, "ms of a copy and a half": 1.5 * copied}
+    # The statistic as in merge, and two products on tensor cores.
+    rates = {"TB/s": 6 * m * cols / seconds / 1e12, "TFLOP/s": (3 + 4) * rank * m * cols / seconds / 1e12}
+    yield {"out": m, "columns": cols, "rank": rank, **{key: 1e3 * s for key, s in times.items()}, **rates}
 
 
 def _selected(name: str, rank: int, entries: int, anew: Step, beside: Row, seconds: float, device: str) -> Row:
@@ -128,16 +121,10 @@ def generate(m: int, n: int, rank: int, device: str) -> Iterator[Row]:
                 name: median_seconds([lambda layer=layer, x=x: layer(x) for layer in same], device)
                 for name, same in layers.items()
             }
-        yield {
-            "in": n,
-            "out": m,
-            "rank": rank,
-            "tokens": tokens,
-            "us": seconds["snell"] * 1e6,
-            "to the plain layer": seconds["snell"] / seconds["plain"],
-            "to LoRA": seconds["snell"] / seconds["lora"],
-            "TB/s": 2 * m * n / seconds["snell"] / 1e12,
-        }
+        snell = seconds["snell"]
+        ratios = {"to the plain layer": snell / seconds["plain"], "to LoRA": snell / seconds["lora"]}
+        found = {"us": snell * 1e6, **ratios, "TB/s": 2 * m * n / snell / 1e12}
+        yield {"in": n, "out": m, "rank": rank, "tokens": tokens, **found}
 
 
 OPERATIONS = {"merge": merge, "select": select, "factor-grad": factor_grad, "generate": generate}

@@ -12,10 +12,11 @@ from __future__ import annotations
 import math
 import multiprocessing
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from itertools import repeat
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,11 +28,14 @@ from snell.bench.clock import Step, fewest, median_ratio, take_turns, turns_with
 from snell.bench.contenders import one_layer
 from snell.bench.experiments import cost_model
 from snell.bench.experiments.cost_model import DTYPES, Calibration, Point, predicted_seconds, takes_products
-from snell.bench.experiments.growth_report import draw, report
 from snell.bench.experiments.layer import Layers
+from snell.bench.names import METHODS
+from snell.bench.report import Cell, Columns, Document, Panel, Series, made_by, picture, table
 
-__all__ = ["draw", "measure", "report"]
+#: A measured time within this share of the prediction is as the design asks.
+TOLERANCE = 0.2
 
+Row = Mapping[str, Any]
 Axes = Mapping[str, Sequence[Point]]
 
 
@@ -131,3 +135,154 @@ def measure(device: str, seconds: float, chosen: Axes | None = None) -> dict[str
     settings["calibrated ranks"] = list(cost_model.RANKS)
     rows = {axis: [found[point] for point in points] for axis, points in chosen.items()}
     return {"file": f"growth-{device}", "settings": settings, "axes": rows}
+
+
+#: What an axis plots: its label, and a row's place on it. Sparsity stands as the share that survives.
+AXES: dict[str, tuple[str, Callable[[Row], float]]] = {
+    "m*n": ("m·n, entries of the weight", lambda row: row["in_features"] * row["out_features"]),
+    "rank": ("rank r", lambda row: row["rank"]),
+    "tokens": ("tokens T", lambda row: row["tokens"]),
+    # Rounded, as 1 - 0.9 is not quite 0.1.
+    "survivors": ("share that survives, 1 - s", lambda row: round(1 - row["sparsity"], 6)),
+    "depth": ("depth, layers", lambda row: row["depth"]),
+}
+
+
+def slope(xs: Sequence[float], ys: Sequence[float | None]) -> float | None:
+    """The least-squares slope of log y over log x; None where a y is None or 0."""
+    if not all(ys):
+        return None
+    return statistics.linear_regression([math.log(x) for x in xs], [math.log(y) for y in ys]).slope
+
+
+def clock_of(measured: Mapping[str, Sequence[Row]]) -> float:
+    """Seconds of the calibration's GEMM, the median over all points."""
+    return statistics.median(row["clock_seconds"] for rows in measured.values() for row in rows)
+
+
+def figures(row: Row, clock: float) -> dict[str, float | None]:
+    """Seconds of SNELL, its model, LoRA and the floor, as if a GEMM of the calibration size had taken ``clock`` seconds
+    at this point too; and bytes kept and at the peak, None where the system does not tell."""
+    seconds = row["seconds"] | {"model": row["seconds"]["snell"] / row["measured_over_predicted"]}
+    found = {name: clock / row["clock_seconds"] * taken for name, taken in seconds.items()}
+    for name, sizes in row["memory"].items():
+        found |= {f"{name} saved": sizes["saved_bytes"], f"{name} extra": sizes["extra_peak_bytes"]}
+    predicted = row["predicted_bytes"]
+    return found | {"model saved": predicted["saved"], "model extra": predicted["outputs"] + predicted["workspace"]}
+
+
+def slopes(measured: Mapping[str, Sequence[Row]]) -> list[dict[str, Any]]:
+    """For each axis the slope of every figure."""
+    clock, found = clock_of(measured), []
+    for axis, (label, place) in AXES.items():
+        rows = [figures(row, clock) for row in measured[axis]]
+        places = [place(row) for row in measured[axis]]
+        found.append({"axis": label} | {name: slope(places, [row[name] for row in rows]) for name in rows[0]})
+    return found
+
+
+def _both(*names: str) -> Cell:
+    # + 0.0 takes the sign from a zero.
+    return lambda row: ", ".join("-" if row[name] is None else f"{round(row[name], 2) + 0.0:.2f}" for name in names)
+
+
+SLOPE_COLUMNS: Columns = [
+    ("axis", "{axis}"),
+    ("time: SNELL, model", _both("snell", "model")),
+    ("LoRA", _both("lora")),
+    ("floor", _both("floor")),
+    ("kept: SNELL, model", _both("snell saved", "model saved")),
+    ("LoRA", _both("lora saved")),
+    ("extra peak: SNELL, model", _both("snell extra", "model extra")),
+    ("LoRA", _both("lora extra")),
+]
+
+PREDICTION_COLUMNS: Columns = [
+    ("axis", "{axis}"),
+    ("in x out", "{in_features} x {out_features}"),
+    ("r", "{rank}"),
+    ("T", "{tokens}"),
+    ("s", "{sparsity:g}"),
+    ("layers", "{depth}"),
+    ("GEMMs", lambda row: "2" if row["survivors_products_alone"] else "3"),
+    ("measured", "{seconds[snell]:ms}"),
+    ("predicted", "{predicted:ms}"),
+    ("measured / predicted", "{ratio}"),
+    ("with one GEMM rate", "{measured_over_predicted_single_rate:.2f}"),
+    ("of the floor", "{snell_over_floor:.2f}"),
+    ("of LoRA", "{snell_over_lora:.2f}"),
+    ("extra peak / predicted", "{extra:.2f}"),
+]
+
+
+def within_tolerance(ratio: float) -> bool:
+    """Whether measured over predicted is as close to 1 as the design asks."""
+    return abs(ratio - 1) <= TOLERANCE
+
+
+def prediction_table(measured: Mapping[str, Sequence[Row]]) -> str:
+    """Measured beside predicted; a time out of the tolerance is marked in bold."""
+    shown = []
+    for axis, row in ((axis, row) for axis, rows in measured.items() for row in rows):
+        ratio, sizes = row["measured_over_predicted"], figures(row, 1.0)
+        extra = sizes["snell extra"] and sizes["snell extra"] / sizes["model extra"]
+        marked = f"{ratio:.2f}" if within_tolerance(ratio) else f"**{ratio:.2f}, off**"
+        added = {"axis": axis, "extra": extra, "ratio": marked, "predicted": row["seconds"]["snell"] / ratio}
+        shown.append({**row, **added})
+    return table(PREDICTION_COLUMNS, shown)
+
+
+def summary(measured: Mapping[str, Sequence[Row]]) -> str:
+    """How many points lie within the tolerance, in one sentence."""
+    point = [field.name for field in fields(Point)]
+    rows = list({tuple(row[key] for key in point): row for rows in measured.values() for row in rows}.values())
+    at_point, single = ([row[f"measured_over_predicted{key}"] for row in rows] for key in ("", "_single_rate"))
+    count, count_single = (sum(map(within_tolerance, ratios)) for ratios in (at_point, single))
+    worst, of = max(at_point, key=lambda ratio: abs(math.log(ratio))), f"of {len(rows)} points"
+    within = f"{count} {of}; {count_single} {of} with one GEMM rate"
+    return f"Within {TOLERANCE:.0%} of the prediction: {within}. Furthest off: {worst:.2f}."
+
+
+def report(document: Document) -> str:
+    """The results file as Markdown."""
+    measured = document["axes"]
+    tables = table(SLOPE_COLUMNS, slopes(measured)), prediction_table(measured)
+    return "\n\n".join([*tables, summary(measured), made_by(document)])
+
+
+def draw(path: Path, document: Document) -> None:
+    """Time along every axis with the model's line, and memory along m*n; all log-log."""
+    measured, clock = document["axes"], clock_of(document["axes"])
+    snell, lora, floor = (METHODS[name].colour for name in ("snell", "lora", "full"))
+    panels = []
+    for axis, (label, place) in AXES.items():
+        rows = sorted(measured[axis], key=place)
+        xs, found = [place(row) for row in rows], [figures(row, clock) for row in rows]
+        of = {name: [1e3 * row[name] for row in found] for name in ("model", "snell", "lora", "floor")}
+        band = [[t * (1 + sign * TOLERANCE) for t in of["model"]] for sign in (-1, 1)]
+        series = [
+            Series(of["model"], xs, f"cost model, ± {TOLERANCE:.0%}", snell, band=band),
+            Series(of["snell"], xs, "SNELL, measured", snell, "o"),
+            Series(of["lora"], xs, "PEFT LoRA", lora, "s--", style={"linewidth": 1, "markersize": 4}),
+            Series(of["floor"], xs, "floor: three GEMMs", floor, ":"),
+        ]
+        # At least most of a decade, so that a flat line looks flat.
+        low, high = (limit(map(limit, of.values())) for limit in (min, max))
+        style = {
+            "ticks": None if axis == "m*n" else {x: f"{x:g}" for x in xs},
+            "ylim": (min(low, high / 8), high * 1.2),
+        }
+        panels.append(Panel("time of a step", series, label, "forward + backward, ms", "xy", **style))
+    panels[0].legend = {"fontsize": 8}
+    (label, place), rows, series = AXES["m*n"], measured["m*n"], []
+    xs, found = [place(row) for row in rows], [figures(row, clock) for row in rows]
+    for kind, meaning, style in (("extra", "extra peak", {}), ("saved", "kept", {"fillstyle": "none", "alpha": 0.5})):
+        for who, look, colour in (("SNELL", "o", snell), ("model", "-", snell), ("LoRA", "s", lora)):
+            mib = [(row[f"{who.lower()} {kind}"] or math.nan) / 2**20 for row in found]
+            series.append(Series(mib, xs, f"{who}, {meaning}", colour, look, style=style))
+    series.append(Series([4 * x / 2**20 for x in xs], xs, "a float32 matrix of m·n", floor, ":"))
+    # Room for the legend.
+    style = {"ylim": (0.1, None), "legend": {"fontsize": 8, "ncols": 2, "loc": "lower right"}}
+    panels.append(Panel("memory of a step", series, label, "MiB", "xy", **style))
+    title = "How a layer's training step grows, measured and predicted"
+    picture(path, title, [panels[:3], panels[3:]], 4.8, 4)

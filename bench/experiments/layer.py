@@ -117,10 +117,8 @@ def measure(device: str, seconds: float, cases: Sequence[Case] | None = None) ->
     torch.manual_seed(0)
     dtypes = torch.float32, torch.bfloat16
     cases = cases or [Case(*shape, dtype, device) for dtype in dtypes for shape in SHAPES[device]]
-    settings, name = {"rank": RANK, "sparsity": SPARSITY}, f"layer-{device}"
-    return {
-        "file": name, "settings": settings, "cases": [measure_case(case, seconds) for case in tqdm(cases, unit="case")]
-    }  # fmt: skip
+    found = [measure_case(case, seconds) for case in tqdm(cases, unit="case")]
+    return {"file": f"layer-{device}", "settings": {"rank": RANK, "sparsity": SPARSITY}, "cases": found}
 
 
 _CASE: Columns = [("in x out, tokens", "{in_features} x {out_features}, {tokens}"), ("dtype", "{dtype}")]

@@ -56,18 +56,11 @@ def measure_model(
     return {"model": workload.name, "methods": found}
 
 
-def measure(
-    device: str,
-    rank: int,
-    repetitions: int,
-    model: Sequence[str] = (),
-    methods: Iterable[str] = METHODS,
-    file: str = "models",
-) -> dict[str, Any]:
-    """The chosen models."""
+def measure(device: str, rank: int, repetitions: int, model: Sequence[str], **more: Any) -> dict[str, Any]:
+    """The chosen models, all unless given."""
     quiet_libraries()
-    results = [measure_model(MODELS[name], device, rank, repetitions, methods) for name in model or MODELS]
-    return {"file": f"{file}-{device}", "settings": {"rank": rank, "sparsity": SPARSITY}, "models": results}
+    results = [measure_model(MODELS[name], device, rank, repetitions, **more) for name in model or MODELS]
+    return {"file": f"models-{device}", "settings": {"rank": rank, "sparsity": SPARSITY}, "models": results}
 
 
 def training_bytes(entry: dict[str, Any]) -> int:

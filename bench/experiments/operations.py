@@ -73,36 +73,24 @@ def operations(layer: SnellLinear, x: torch.Tensor, grad_y: torch.Tensor) -> dic
     surviving, factors = (1 - SPARSITY) * entries, 4 * RANK * (m + n)
     moved = 2 * 4 * RANK * surviving  # one of each, for dA and for dB
     merging = Operation(merge, 2 * entries * size, K)
+    common = {"select": Operation(select, factors, K), "merge, forward": merging}
     if weight.dtype == torch.float32:
-        return {
-            "GEMMs: y, dX": Operation(gemms(2), 0, 4 * entries * tokens),
-            "select": Operation(select, factors, K),
-            "merge, forward": merging,
-            "survivors' G and gradients": Operation(survivors, factors, K + 2 * surviving * tokens + moved),
-            "merge, backward": merging,
-        }
-    return {
-        "GEMMs: y, G, dX": Operation(gemms(3), 0, 6 * entries * tokens),
-        "select": Operation(select, factors, K),
-        "merge, forward": merging,
-        "factor_grad with merge": Operation(gradients, 3 * entries * size, K + moved),
-    }
+        alone = Operation(survivors, factors, K + 2 * surviving * tokens + moved)
+        products = {"GEMMs: y, dX": Operation(gemms(2), 0, 4 * entries * tokens)}
+        return products | common | {"survivors' G and gradients": alone, "merge, backward": merging}
+    products = {"GEMMs: y, G, dX": Operation(gemms(3), 0, 6 * entries * tokens)}
+    return products | common | {"factor_grad with merge": Operation(gradients, 3 * entries * size, K + moved)}
 
 
-def measure_layer(in_features: int, out_features: int, tokens: int, dtype: torch.dtype, turns: int) -> dict[str, Any]:
+def measure_layer(n: int, m: int, tokens: int, dtype: torch.dtype, turns: int) -> dict[str, Any]:
     """Times, yardsticks and shares of one layer's operations; ``flop_per_s`` is float32's, which K is computed in."""
-    layer = SnellLinear(in_features, out_features, bias=False, rank=RANK, sparsity=SPARSITY, dtype=dtype)
-    x = torch.randn(tokens, in_features, dtype=dtype).requires_grad_()
-    grad_y = torch.randn(tokens, out_features, dtype=dtype)
+    layer = SnellLinear(n, m, bias=False, rank=RANK, sparsity=SPARSITY, dtype=dtype)
+    x, grad_y = torch.randn(tokens, n, dtype=dtype).requires_grad_(), torch.randn(tokens, m, dtype=dtype)
     parts = operations(layer, x, grad_y)
     source, target = torch.zeros(COPIED, dtype=torch.uint8), torch.empty(COPIED, dtype=torch.uint8)
     square = torch.randn(1024, 1024)
-    steps: dict[str, Step] = {
-        "whole": Layers(layer, x, grad_y).step,
-        "copy": lambda: target.copy_(source),
-        "product": lambda: square @ square,
-        **{name: part.step for name, part in parts.items()},
-    }
+    steps: dict[str, Step] = {"whole": Layers(layer, x, grad_y).step, "copy": lambda: target.copy_(source)}
+    steps |= {"product": lambda: square @ square, **{name: part.step for name, part in parts.items()}}
     take_turns(steps, "cpu", 1)
     seconds = take_turns(steps, "cpu", turns)
     byte = [taken / (2 * COPIED) for taken in seconds["copy"]]
@@ -112,19 +100,12 @@ def measure_layer(in_features: int, out_features: int, tokens: int, dtype: torch
         yardsticks = [max(part.moved_bytes * b, part.flops * f) for b, f in zip(byte, flop, strict=True)]
         # GEMMs of the layer's dtype are what the others are a share beside.
         ratio = None if name.startswith("GEMM") else median_ratio(seconds[name], yardsticks)
-        row = {"operation": name, "seconds": statistics.median(seconds[name])}
-        row |= {"share_of_step": median_ratio(seconds[name], seconds["whole"]), "ratio_to_yardstick": ratio}
+        row = {"operation": name, "seconds": statistics.median(seconds[name]), "ratio_to_yardstick": ratio}
+        row |= {"share_of_step": median_ratio(seconds[name], seconds["whole"])}
         rows.append(row | {"moved_bytes": part.moved_bytes, "flops": part.flops})
-    return {
-        "in_features": in_features,
-        "out_features": out_features,
-        "tokens": tokens,
-        "dtype": str(dtype).removeprefix("torch."),
-        "seconds": statistics.median(seconds["whole"]),
-        "copy_bytes_per_s": 1 / statistics.median(byte),
-        "flop_per_s": 1 / statistics.median(flop),
-        "operations": rows,
-    }
+    facts = {"in_features": n, "out_features": m, "tokens": tokens, "dtype": str(dtype).removeprefix("torch.")}
+    rates = {"copy_bytes_per_s": 1 / statistics.median(byte), "flop_per_s": 1 / statistics.median(flop)}
+    return {**facts, "seconds": statistics.median(seconds["whole"]), **rates, "operations": rows}
 
 
 def measure(repetitions: int) -> dict[str, Any]:
@@ -153,9 +134,8 @@ def report(document: Document) -> str:
         together = sum(row["seconds"] for row in case["operations"]) / case["seconds"]
         whole = {"operation": "the layer's step", "seconds": case["seconds"], "share_of_step": together}
         rows.append({"case": case, "ratio_to_yardstick": None, **whole})
-    copies, flops = (
-        statistics.median(case[key] for case in document["cases"]) / 1e9 for key in ("copy_bytes_per_s", "flop_per_s")
-    )
+    rates = ([case[key] / 1e9 for case in document["cases"]] for key in ("copy_bytes_per_s", "flop_per_s"))
+    copies, flops = map(statistics.median, rates)
     return (
         f"{table(COLUMNS, rows)}\n\nThe last row of a case is the layer itself, and the share of it that its "
         f"operations make up. A copy ran at {copies:.0f} GB/s (read and written), a float32 GEMM at {flops:.0f} "

@@ -67,17 +67,13 @@ def resources(kernel: Any, args: tuple, options: dict[str, Any], arch: int) -> d
     usage = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", dump)}
     if usage.keys() != {"REG", "STACK", "SHARED", "LOCAL"}:
         raise RuntimeError(f"cuobjdump told no resources: {dump!r}")
+    settings = " ".join(str(meta[k]) for k in ("KERNEL", "RANK", "GROUPS") if k in meta)
+    dtypes = " ".join(sorted({str(t.dtype).removeprefix("torch.") for t in args if isinstance(t, torch.Tensor)}))
     return {
-        "kernel": kernel.__name__,
-        "arch": arch,
-        "settings": " ".join(str(meta[k]) for k in ("KERNEL", "RANK", "GROUPS") if k in meta),
-        "dtypes": " ".join(sorted({str(t.dtype).removeprefix("torch.") for t in args if isinstance(t, torch.Tensor)})),
-        "registers": usage["REG"],
-        "stack": usage["STACK"],
-        "local": usage["LOCAL"],
+        **{"kernel": kernel.__name__, "arch": arch, "settings": settings, "dtypes": dtypes},
+        **{"registers": usage["REG"], "stack": usage["STACK"], "local": usage["LOCAL"]},
         # Triton's tiles are dynamic shared memory, which the machine code does not tell of.
-        "shared": usage["SHARED"] + compiled.metadata.shared,
-        "warps": compiled.metadata.num_warps,
+        **{"shared": usage["SHARED"] + compiled.metadata.shared, "warps": compiled.metadata.num_warps},
     }
 
 

@@ -10,7 +10,7 @@ keeps as many entries as are not zero. The paper gives neither sizes nor ranks; 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from snell.bench import core
+from snell.bench.clock import Step
 from snell.bench.core import Update
 from snell.bench.names import KERNELS
 from snell.bench.report import Columns, Document, Panel, Series, made_by, picture, table
@@ -84,16 +85,10 @@ def recorded_steps(steps: int) -> list[int]:
     return sorted({round(steps ** (i / 60)) for i in range(61)})
 
 
-def fit(
-    targets: Tensor, spec: Spec, settings: Settings, on_step: Callable[[], object] = lambda: None
-) -> list[list[float]]:
-    """Fit every target by factors of its own; Adam's step is taken for all of them at once, entry by entry.
+def fit(targets: Tensor, spec: Spec, settings: Settings, tick: Step = lambda: None) -> list[list[float]]:
+    """Fit every one of ``targets [N, m, n]`` by factors of its own; Adam steps for all at once, entry by entry.
 
-    Args:
-        targets: ``[N, m, n]`` float32.
-
-    Returns:
-        Mean squared errors of the N targets after each of :func:`recorded_steps`.
+    Returns their mean squared errors after each of :func:`recorded_steps`.
     """
     count, m, n = targets.shape
     sizes = (count, n, spec.rank), (count, m, spec.rank), (count, spec.num_theta)
@@ -120,7 +115,7 @@ def fit(
         for update, grads, G in zip(updates, map(core.Gradients._make, gradients), residuals, strict=True):
             core.backend(update).factor_grad(G, update, grads)
         optimizer.step()
-        on_step()
+        tick()
     return errors
 
 

@@ -9,7 +9,6 @@ Singular values, in float64, of updates merged from factors as they are drawn (2
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -32,17 +31,9 @@ CLAIM = 'nonlinear kernel functions "obtain matrices with rank larger than r"'
 RATES = {"linear": 1e-2, "piecewise_linear": 3e-2, "sigmoid": 3e-2, "rbf": 3e-2}
 
 
-@dataclass(frozen=True)
-class Settings:
-    """``trained_rank`` is the factors' rank in the network; ``draws`` of factors are averaged over."""
-
-    size: int = 256
-    ranks: tuple[int, ...] = (8, 32)
-    draws: int = 3
-    trained_rank: int = 8
-    steps: int = 120
-    pretraining_steps: int = 700
-    sparsity: float = 0.9
+#: ``trained_rank`` is the factors' rank in the network; ``draws`` of factors are averaged over.
+SETTINGS: dict[str, Any] = {"size": 256, "ranks": (8, 32), "draws": 3, "trained_rank": 8}
+SETTINGS |= {"steps": 120, "pretraining_steps": 700, "sparsity": 0.9}
 
 
 def spectrum(layer: SnellLinear) -> Tensor:
@@ -72,14 +63,13 @@ def _row(one: Contender, found: Sequence[Mapping[str, float]], shown: Tensor, **
     return {**facts, **means, "spectrum": [float(f"{value:.3g}") for value in shown / shown[0]]}
 
 
-def drawn(one: Contender, settings: Settings) -> dict[str, Any]:
-    """The ranks of updates whose factors were only drawn."""
-    layer, spectra = one.layer(nn.Linear(settings.size, settings.size, bias=False)), []
-    for _ in range(settings.draws):
+def drawn(one: Contender, size: int, draws: int) -> dict[str, Any]:
+    """The ranks of updates of ``size x size`` whose factors were only drawn."""
+    layer, spectra = one.layer(nn.Linear(size, size, bias=False)), []
+    for _ in range(draws):
         layer.reset_update()
         spectra.append(spectrum(layer))
-    found = [measures(values, settings.size) for values in spectra]
-    return _row(one, found, spectra[-1], factors="drawn", full=settings.size)
+    return _row(one, [measures(values, size) for values in spectra], spectra[-1], factors="drawn", full=size)
 
 
 def trained(transfer: Transfer, one: Contender) -> dict[str, Any]:
@@ -96,14 +86,15 @@ def trained(transfer: Transfer, one: Contender) -> dict[str, Any]:
 def measure() -> dict[str, Any]:
     """Every kernel function at every rank, with and without competition, drawn and trained."""
     torch.manual_seed(0)
-    settings = Settings()
-    kernels = [(kernel, sparsity) for kernel in KERNELS for sparsity in (0.0, settings.sparsity)]
-    results = [drawn(Contender(k, rank, s), settings) for rank in settings.ranks for k, s in kernels]
-    shared = digits.Settings(pretraining_steps=settings.pretraining_steps, steps=settings.steps)
-    with tqdm(total=shared.pretraining_steps + settings.steps * len(kernels), unit="step", mininterval=1) as bar:
+    settings, steps = SETTINGS, SETTINGS["steps"]
+    kernels = [(kernel, sparsity) for kernel in KERNELS for sparsity in (0.0, settings["sparsity"])]
+    drawing = settings["size"], settings["draws"]
+    results = [drawn(Contender(k, rank, s), *drawing) for rank in settings["ranks"] for k, s in kernels]
+    shared = digits.Settings(settings["pretraining_steps"], steps=steps)
+    with tqdm(total=shared.pretraining_steps + steps * len(kernels), unit="step", mininterval=1) as bar:
         transfer = Transfer(shared, bar)
-        results += [trained(transfer, Contender(k, settings.trained_rank, s)) for k, s in kernels]
-    return {"settings": asdict(settings), "results": results}
+        results += [trained(transfer, Contender(k, settings["trained_rank"], s)) for k, s in kernels]
+    return {"settings": settings, "results": results}
 
 
 def report(document: Document) -> str:

@@ -22,7 +22,8 @@ PAPER_LORA, PAPER_SNELL = 0.443, 0.557
 
 def measure(device: str, repetitions: int) -> dict[str, Any]:
     """ViT-B/16 at rank 8."""
-    return models.measure(device, 8, repetitions, ["vit-b"], ("snell", "lora", "published"), "steps")
+    found = models.measure(device, 8, repetitions, ["vit-b"], methods=("snell", "lora", "published"))
+    return found | {"file": f"steps-{device}"}
 
 
 def report(document: Document) -> str:

@@ -19,7 +19,7 @@ from snell import SnellLinear
 from snell.bench.digits import Settings, lora, new_vit, snell
 from snell.bench.experiments import minilm
 from snell.bench.memory import num_trained
-from snell.bench.paper import gates, gates_report
+from snell.bench.paper import gates
 from snell.bench.paper.gates import GATES, LORA, Candidate, Plan, try_all
 from snell.bench.protocol import Job, at_edge, judged
 from snell.bench.report import standard_error
@@ -120,10 +120,10 @@ def test_the_standard_error_is_the_root_of_the_variance_over_the_draws():
 
 def test_a_rate_works_within_a_few_points_of_loras_best():
     lora = {"gate": "LoRA", "scale": None, "sparsity": None, "rates": [1, 2], "validation": [[60, 70], [80, 70]]}
-    bar = 75 - gates_report.WORKING
+    bar = 75 - gates.WORKING
     row = {"gate": "hard", "scale": 1.0, "sparsity": 0.9, "rates": [1, 2, 3]}
     row["validation"] = [[bar - 1, bar + 1], [bar, bar - 0.1], [bar + 20, bar]]
-    assert gates_report.working_rates(row, [lora, row]) == [1, 3]
+    assert gates.working_rates(row, [lora, row]) == [1, 3]
 
 
 def test_the_command_writes_what_the_report_repeats(tmp_path, monkeypatch):

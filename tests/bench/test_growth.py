@@ -17,7 +17,7 @@ from click.testing import CliRunner
 
 from snell import SnellLinear, backends, competition, native
 from snell.backends import cpu
-from snell.bench.experiments import cost_model, growth, growth_report
+from snell.bench.experiments import cost_model, growth
 from snell.bench.experiments.cost_model import (
     Point,
     at_rank,
@@ -27,12 +27,12 @@ from snell.bench.experiments.cost_model import (
     takes_products,
     work_of,
 )
-from snell.bench.experiments.growth_report import (
+from snell.bench.experiments.growth import (
+    figures,
     prediction_table,
     slope,
     slopes,
     summary,
-    times_of,
     within_tolerance,
 )
 from snell.cli import main
@@ -215,8 +215,8 @@ def test_a_time_beyond_a_fifth_of_the_prediction_is_flagged(ratio: float, flagge
 def test_slopes_hold_the_clock_still(monkeypatch: pytest.MonkeyPatch) -> None:
     # The second point ran at half the clock: twice the seconds, and twice the calibration's.
     rows = [row(64, 1.0, 1.0), row(128, 8.0, 0.5, clock=2.0), row(256, 16.0, 0.25)]
-    assert times_of(rows[1], clock=1.0)["snell"] == 4.0
-    monkeypatch.setattr(growth_report, "AXES", {"m*n": growth_report.AXES["m*n"]})
+    assert figures(rows[1], clock=1.0)["snell"] == 4.0
+    monkeypatch.setattr(growth, "AXES", {"m*n": growth.AXES["m*n"]})
     found = slopes({"m*n": rows})[0]
     assert found["snell"] == pytest.approx(1.0)
     assert found["model"] == pytest.approx(1.5)

@@ -16,7 +16,7 @@ pytest.importorskip("matplotlib")
 from snell import SnellLinear, reference
 from snell.bench.core import draw
 from snell.bench.digits import new_vit
-from snell.bench.paper import fit, matrix_rank, sparsify, sparsify_report
+from snell.bench.paper import fit, matrix_rank, sparsify
 from snell.bench.paper.sparsify import DenseUpdate
 from snell.cli import main
 from snell.kernel_functions import KERNEL_FUNCTIONS
@@ -114,7 +114,7 @@ def test_a_dense_matrix_is_added_to_a_frozen_layer():
 def test_every_contender_changes_every_linear_layer_as_it_says():
     pretrained = new_vit()
     linears = sum(isinstance(module, nn.Linear) for module in pretrained.modules()) - 1
-    for contender in sparsify.contenders(sparsify.Settings()):
+    for contender in sparsify.contenders((8, 16, 32), 0.9):
         model = contender.build(pretrained)
         updates = [module for module in model.modules() if isinstance(module, (SnellLinear, DenseUpdate))]
         assert len(updates) == (0 if contender.matrix == "none" else linears)
@@ -127,14 +127,14 @@ def test_every_contender_changes_every_linear_layer_as_it_says():
 
 
 def test_sparsifying_judges_other_draws_than_it_chooses_by_and_reports_what_it_found():
-    settings = sparsify.Settings(steps=1, pretraining_steps=1, choosing=1, judging=2, ranks=(8,))
-    chosen = [c for c in sparsify.contenders(settings) if c.matrix in ("linear", "piecewise_linear")]
-    results = json.loads(json.dumps(sparsify.measure(settings, chosen)["results"]))
+    settings = {"steps": 1, "pretraining_steps": 1, "choosing": 1, "judging": 2}
+    chosen = [c for c in sparsify.contenders((8,), 0.9) if c.matrix in ("linear", "piecewise_linear")]
+    results = json.loads(json.dumps(sparsify.measure(chosen, **settings)["results"]))
     for result in results:
-        assert len(result["test"]) == settings.judging
+        assert len(result["test"]) == settings["judging"]
         means = [statistics.fmean(tried) for tried in result["validation"]]
         assert means[result["rates"].index(result["rate"])] == max(means)
-    text = sparsify_report.tables(results)
+    text = sparsify.tables(results)
     klora = next(r for r in results if (r["matrix"], r["sparsity"]) == ("piecewise_linear", 0.0))
     assert f"| 73.2 | 74.2 | {statistics.fmean(klora['test']):.1f} ± " in text
     assert "| linear (LoRA), r = 8 | 75.1 | 65.7 |" in text
@@ -143,16 +143,15 @@ def test_sparsifying_judges_other_draws_than_it_chooses_by_and_reports_what_it_f
 def test_a_gain_is_taken_draw_by_draw():
     without, competing = {"test": [50.0, 70.0, 60.0]}, {"test": [52.0, 73.0, 61.0]}
     # Differences 2, 3 and 1: their mean is 2, their standard error 1 / sqrt(3); the methods' own are ten times that.
-    assert sparsify_report.gain(without, competing) == f"+2.0 ± {1 / math.sqrt(3):.1f}"
-    assert sparsify_report.gain(competing, without).startswith("-2.0")
+    assert sparsify.gain(without, competing) == f"+2.0 ± {1 / math.sqrt(3):.1f}"
+    assert sparsify.gain(competing, without).startswith("-2.0")
 
 
 # Ranks of the merged update.
 
 
 def _ranks(kernel, sparsity=0.0, size=48, rank=8):
-    settings = matrix_rank.Settings(size=size, draws=2)
-    return matrix_rank.drawn(sparsify.Contender(kernel, rank, sparsity), settings)
+    return matrix_rank.drawn(sparsify.Contender(kernel, rank, sparsity), size, 2)
 
 
 def test_linear_has_the_factors_rank_and_piecewise_linear_the_full_one():

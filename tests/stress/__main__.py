@@ -27,13 +27,14 @@ def tables(result: Soak, outcomes: list[Outcome]) -> list[dict[str, Any]]:
     """What held under random events, and what kills did to each way of saving and resuming."""
     counts = ", ".join(f"{name} {len(steps):,}" for name, steps in sorted(result.events.items()))
     live = " and ".join(f"{count:,} ({size:,} bytes)" for count, size in (result.warm()[0], result.warm()[-1]))
+    growth = f"{result.growth_mib():.1f} MiB, {result.kib_a_step():.2f} KiB a step"
     rows = {
         "training steps": f"{result.steps:,}",
         "events between them": f"{sum(map(len, result.events.values())):,}: {counts}",
         "trained factors, largest difference from the quiet runs'": f"{result.difference:g}",
         "base weights, largest difference from those at the start": f"{result.base_difference:g}",
         "live tensors, first and last stop after the warm-up": live,
-        "resident set, growth after warm-up": f"{result.growth_mib():.1f} MiB, {result.kib_a_step():.2f} KiB a step",
+        "resident set, growth after the warm-up": growth,
     }
     found = [{"columns": ["random events", ""], "rows": list(rows.items())}]
     if outcomes:
