@@ -26,9 +26,14 @@ lint: $(VENV)/.ready
 types: $(VENV)/.ready
 	$(BIN)/mypy
 
-wheel: $(VENV)/.ready  ## dist/snell-*-py3-none-PLATFORM.whl
+# The wheel to give away: built from the source archive, with the native library, and tagged manylinux by the versions of
+# the symbols it needs. libgomp is not copied into it: torch is loaded first and brings one, and a second would be an
+# OpenMP runtime with threads of its own. (Wheels of torch up to 2.9 rename theirs: the system's is loaded there.)
+wheel: $(VENV)/.ready  ## dist/snell-*.tar.gz and, built from it, dist/snell-*-py3-none-PLATFORM.whl
 	rm -rf dist build
-	$(BIN)/python -m build --wheel --quiet .
+	$(BIN)/python -m build --quiet .
+	PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --exclude libgomp.so.1 --wheel-dir dist dist/*-linux_*.whl
+	rm dist/*-linux_*.whl
 
 # torch goes first: what the constraints pin is what every later step finds installed.
 $(VENV)/.ready: pyproject.toml constraints.txt setup.py $(NATIVE)

@@ -1,5 +1,6 @@
-"""Run by CI from an empty folder, in an environment that holds the wheel and nothing of the source tree."""
+"""CI runs this from an empty folder, in an environment that holds the wheel and nothing of the source tree."""
 
+import importlib.metadata
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,11 @@ home = Path(snell.__file__).resolve().parent
 assert "site-packages" in home.parts, f"snell comes from {home}, not from the wheel"
 assert native.available(), "the wheel holds no native library that loads here"
 assert "cpu" in backends.AVAILABLE
+assert "Tag: py3-none-manylinux" in (importlib.metadata.distribution("snell").read_text("WHEEL") or "")
+maps = Path("/proc/self/maps").read_text().splitlines()
+runtimes = {line.split()[-1] for line in maps if "libgomp" in line or "libomp" in line or "libiomp" in line}
+assert len(runtimes) == 1, f"two OpenMP runtimes are loaded: {sorted(runtimes)}"
+assert Path(torch.__file__).parent in Path(*runtimes).parents, f"the OpenMP runtime is not torch's: {runtimes}"
 assert "peft" not in sys.modules, "importing snell alone must not need its extras"
 
 layer = snell.SnellLinear(96, 80, rank=8, sparsity=0.9, dtype=torch.float64)
