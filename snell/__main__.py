@@ -7,7 +7,9 @@ import sys
 def main() -> None:
     """Run the command line, or exit with a message if click is missing."""
     if importlib.util.find_spec("click") is None:
-        sys.exit("snell's command line needs click: pip install 'snell[cli]'")
+        from snell.extras import hint
+
+        sys.exit(f"snell's command line needs click: {hint('cli')}")
     from snell.cli import main
 
     main(prog_name="snell")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -90,8 +92,8 @@ def versions() -> Iterator[Finding]:
 def _version(name: str, version: str | None, wanted: SpecifierSet, extra: str | None) -> Finding:
     if version is None:
         verdict = NOTE if extra else PROBLEM
-        advice = f"pip install 'snell[{extra}]'" if extra else f"pip install '{name}{wanted}'"
-        return Finding("versions", name, verdict, "not installed" + (f" (extra {extra})" if extra else ""), advice)
+        text = "not installed" + (f" (extra {extra})" if extra else "")
+        return Finding("versions", name, verdict, text, f"pip install '{name}{wanted}'")
     if not wanted.contains(version, prereleases=True):
         text = f"{version} is not in the supported range, {wanted}"
         return Finding("versions", name, PROBLEM, text, f"pip install '{name}{wanted}'" if name != "python" else "")
@@ -107,10 +109,20 @@ def native_library() -> Finding:
     text = f"the native library {problem}; layers on the CPU run on plain PyTorch, several times slower"
     if not native.PATH.exists() and not sys.platform.startswith("linux"):
         return Finding("native library", "file", NOTE, text)
-    advice = "install a C++ compiler (g++), then: pip install --force-reinstall --no-deps --no-cache-dir snell"
+    advice = f"install a C++ compiler (g++), then: {_reinstall()}"
     if native.PATH.exists():
-        advice = "install snell anew: pip install --force-reinstall --no-deps --no-cache-dir snell"
+        advice = f"install snell anew: {_reinstall()}"
+    if "libgomp" in problem:
+        advice = "install the OpenMP runtime (libgomp1 on Debian, libgomp on Fedora), or a newer torch, which brings it"
     return Finding("native library", "file", PROBLEM, text, advice)
+
+
+def _reinstall() -> str:
+    """The command that installs snell anew from the clone or wheel that pip noted as its source."""
+    record = json.loads(importlib.metadata.distribution("snell").read_text("direct_url.json") or "{}")
+    source = shlex.quote(record.get("url", "PATH_OF_THE_CLONE_OR_WHEEL"))
+    editable = "--editable " if record.get("dir_info", {}).get("editable") else ""
+    return f"pip install --force-reinstall --no-deps {editable}{source}"
 
 
 def triton() -> Finding:

@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from snell.extras import hint
+
 #: Module and one line of help by command, under the heading of each section of the help.
 Sections = Mapping[str, Mapping[str, tuple[str, str]]]
 
@@ -54,7 +56,7 @@ class LazyGroup(click.Group):
         if missing is not None:
             extra = "bench" if self.modules.get(command, "").startswith("snell.bench") else "cli"
             raise click.ClickException(
-                f"{ctx.command_path} {command} needs {missing}, which is not installed: pip install 'snell[{extra}]'"
+                f"{ctx.command_path} {command} needs {missing}, which is not installed: {hint(extra)}"
             ) from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

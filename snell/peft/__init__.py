@@ -6,12 +6,12 @@ adapter. Needs peft and transformers.
 
 from __future__ import annotations
 
+from snell.extras import hint
+
 try:
     from peft.utils import register_peft_method
 except ImportError as error:
-    raise ImportError(
-        "snell.peft needs peft and transformers: pip install 'peft>=0.20' 'transformers>=5.17'"
-    ) from error
+    raise ImportError(f"snell.peft needs peft and transformers: {hint('peft')}") from error
 
 from snell.peft.common.kind import kind
 from snell.peft.common.saving import last_checkpoint, save_adapter

@@ -10,6 +10,7 @@ from click.testing import CliRunner
 from processes import run, without
 
 from snell.cli import BENCHMARKS, COMMANDS, bench, main
+from snell.extras import hint
 
 
 def invoke(*arguments: str):
@@ -50,7 +51,7 @@ def test_an_unknown_word_is_named(arguments):
 def test_without_click_the_command_line_says_what_to_install():
     done = without("click", "doctor")
     assert done.returncode == 1
-    assert done.stderr.strip() == "snell's command line needs click: pip install 'snell[cli]'"
+    assert done.stderr.strip() == f"snell's command line needs click: {hint('cli')}"
 
 
 @pytest.mark.parametrize(
@@ -59,9 +60,9 @@ def test_without_click_the_command_line_says_what_to_install():
         (
             "tqdm",
             ["bench", "layer"],
-            "snell bench layer needs tqdm, which is not installed: pip install 'snell[bench]'",
+            f"snell bench layer needs tqdm, which is not installed: {hint('bench')}",
         ),
-        ("peft", ["inspect", "."], "snell inspect needs peft, which is not installed: pip install 'snell[cli]'"),
+        ("peft", ["inspect", "."], f"snell inspect needs peft, which is not installed: {hint('cli')}"),
     ],
 )
 def test_a_missing_extra_is_asked_for_by_name(hidden, arguments, sentence):
@@ -105,5 +106,5 @@ def test_a_package_that_is_missed_when_the_command_runs_is_named():
     # "--help" imports none of them, so that only the run can miss it.
     assert without("matplotlib", "inspect", "--help").returncode == 0
     done = without("matplotlib", "inspect", ".")
-    sentence = "snell inspect needs matplotlib, which is not installed: pip install 'snell[cli]'"
+    sentence = f"snell inspect needs matplotlib, which is not installed: {hint('cli')}"
     assert (done.returncode, done.stderr.strip()) == (1, f"Error: {sentence}")

@@ -146,9 +146,36 @@ def test_versions_are_judged_by_what_the_package_declares(monkeypatch):
         "torch": "problem",
         "transformers": "note",
     }
-    declared = next(line for line in importlib.metadata.requires("snell") if line.startswith("peft"))
-    assert found["peft"].advice == f"pip install '{declared.partition(';')[0].strip()}'"
-    assert found["transformers"].advice == "pip install 'snell[peft]'"
+    for name in ("peft", "transformers"):
+        declared = next(line for line in importlib.metadata.requires("snell") if line.startswith(name))
+        assert found[name].advice == f"pip install '{declared.partition(';')[0].strip()}'"
+
+
+@pytest.mark.parametrize(
+    "record, command",
+    [
+        ('{"url": "file:///a/clone", "dir_info": {"editable": true}}', "--editable file:///a/clone"),
+        ('{"url": "file:///a%20b/snell.whl", "archive_info": {}}', "file:///a%20b/snell.whl"),
+        (None, "PATH_OF_THE_CLONE_OR_WHEEL"),
+    ],
+)
+def test_installing_anew_names_what_snell_was_installed_from(monkeypatch, tmp_path, record, command):
+    if record is not None:
+        (tmp_path / "direct_url.json").write_text(record)
+    installed = importlib.metadata.PathDistribution(tmp_path)
+    monkeypatch.setattr(importlib.metadata, "distribution", lambda name: installed)
+    monkeypatch.setattr(native, "PATH", tmp_path / "_native.so")
+    monkeypatch.setattr(native, "_problem", "was not built")
+    monkeypatch.setattr(sys, "platform", "linux")
+    advice = environment.native_library().advice
+    assert advice == f"install a C++ compiler (g++), then: pip install --force-reinstall --no-deps {command}"
+
+
+@needs_native
+def test_a_missing_openmp_runtime_is_asked_for(monkeypatch):
+    problem = "does not load: libgomp.so.1: cannot open shared object file: No such file or directory"
+    monkeypatch.setattr(native, "_problem", problem)
+    assert "libgomp1 on Debian" in environment.native_library().advice
 
 
 # --- wrong results
