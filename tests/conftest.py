@@ -11,6 +11,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from checkout import ROOT
 from seeds import SEED
 from snell import backends, competition
 
@@ -29,7 +30,7 @@ hypothesis.settings.load_profile("snell")
 
 
 def pytest_report_header() -> str:
-    return f"snell: seed {SEED} (SNELL_TEST_SEED repeats it), backends {', '.join(backends.AVAILABLE)}"
+    return f"snell: {ROOT}, seed {SEED} (SNELL_TEST_SEED repeats it), backends {', '.join(backends.AVAILABLE)}"
 
 
 @pytest.fixture(autouse=True)

@@ -2,13 +2,11 @@
 
 import re
 import tomllib
-from pathlib import Path
 
 import pytest
 
+from checkout import ROOT
 from snell.extras import hint
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_a_hint_names_all_that_the_extra_asks_for() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from checkout import ROOT
 
 pytest.importorskip("build")
 pytest.importorskip("setuptools", minversion="77", reason="pyproject.toml asks for setuptools>=77")
