@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -116,3 +118,11 @@ while [ $# -gt 0 ]; do [ "$1" = -o ] && : > "$2"; shift; done"""
         assert "does not know -march=x86-64-v4" in output
         assert "-DSNELL_HAVE_V3" in calls
         assert "-DSNELL_HAVE_V4" not in calls
+
+
+def test_one_python_version_is_asked_for() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    (oldest,) = re.findall(r"^>=(3\.\d+)$", settings["project"]["requires-python"])
+    assert f"Python {oldest} or newer" in (ROOT / "README.md").read_text()
+    assert settings["tool"]["mypy"]["python_version"] == oldest
+    assert settings["tool"]["ruff"]["target-version"] == "py" + oldest.replace(".", "")
