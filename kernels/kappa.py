@@ -64,26 +64,67 @@ def pair_statistics(factors, tile, RANK: tl.constexpr, GROUPS: tl.constexpr, STA
     return statistics
 
 
+# A kernel function takes the statistic of group p, K of the groups before p, and H = G * gate(|K|). It returns three
+# things: K with group p; C, which is H times K's slope by the statistic, such that ``H * dK`` is
+# ``C (b - a) . d(b - a)`` for a distance and ``C d(b . a)`` for a dot product; and H times K's slopes by the group's
+# entries of theta. A caller takes what it needs, and the compiler drops the rest.
+
+
 @triton.jit
-def unit_value(statistic, theta_ptr, KERNEL: tl.constexpr):
-    """What sigmoid and rbf scale by alpha and shift by gamma."""
-    e = tl.exp(-(tl.load(theta_ptr + 1) * statistic))
-    return 1.0 / (1.0 + e) if KERNEL == "sigmoid" else e
+def piecewise_linear(norm, theta_ptr, p, K, H):
+    alpha = tl.zeros_like(norm) + tl.load(theta_ptr + p)
+    return tl.fma(alpha, norm, K), tl.where(norm == 0.0, 0.0, alpha * H / norm), (H * norm,)
+
+
+@triton.jit
+def linear(dot, theta_ptr, p, K, H):
+    return dot, H, ()
+
+
+@triton.jit
+def sigmoid(dot, theta_ptr, p, K, H):
+    alpha, beta, gamma = scalars(theta_ptr, dot)
+    unit = 1.0 / (1.0 + tl.exp(-(beta * dot)))
+    C = H * (alpha * beta) * unit * (1.0 - unit)
+    return tl.fma(unit, alpha, gamma), C, (H * unit, H * alpha * unit * (1.0 - unit) * dot, H)
+
+
+@triton.jit
+def rbf(square, theta_ptr, p, K, H):
+    alpha, beta, gamma = scalars(theta_ptr, square)
+    unit = tl.exp(-(beta * square))
+    C = -2.0 * H * (alpha * beta) * unit
+    return tl.fma(unit, alpha, gamma), C, (H * unit, -(H * alpha * unit * square), H)
+
+
+@triton.jit
+def scalars(theta_ptr, statistic):
+    """alpha, beta and gamma, each as a tile like the statistic's."""
+    zero = tl.zeros_like(statistic)
+    return zero + tl.load(theta_ptr), zero + tl.load(theta_ptr + 1), zero + tl.load(theta_ptr + 2)
+
+
+@triton.jit
+def kernel_function(statistic, theta_ptr, p, K, H, KERNEL: tl.constexpr):
+    """The one of that name."""
+    if KERNEL == "piecewise_linear":
+        return piecewise_linear(statistic, theta_ptr, p, K, H)
+    if KERNEL == "linear":
+        return linear(statistic, theta_ptr, p, K, H)
+    if KERNEL == "sigmoid":
+        return sigmoid(statistic, theta_ptr, p, K, H)
+    if KERNEL == "rbf":
+        return rbf(statistic, theta_ptr, p, K, H)
 
 
 @triton.jit
 def kernel_value(statistics, theta_ptr, KERNEL: tl.constexpr):
     """K."""
-    if KERNEL == "linear":
-        return statistics[0]
-    if KERNEL == "piecewise_linear":
-        K = tl.load(theta_ptr) * statistics[0]
-        for p in tl.static_range(1, len(statistics)):
-            K = tl.fma(tl.zeros_like(K) + tl.load(theta_ptr + p), statistics[p], K)
-        return K
-    unit = unit_value(statistics[0], theta_ptr, KERNEL)
-    zero = tl.zeros_like(unit)
-    return tl.fma(unit, zero + tl.load(theta_ptr), zero + tl.load(theta_ptr + 2))
+    K = tl.zeros_like(statistics[0])
+    for p in tl.static_range(len(statistics)):
+        terms = kernel_function(statistics[p], theta_ptr, p, K, K, KERNEL)
+        K = terms[0]
+    return K
 
 
 @triton.jit
@@ -105,26 +146,12 @@ def gate_value(K, tau_ptr, GATE: tl.constexpr):
 @triton.jit
 def theta_slope(H, statistic, theta_ptr, t: tl.constexpr, KERNEL: tl.constexpr):
     """H * dK/dtheta_t; a kernel function of groups has one theta a group, whose slope is that of t = 0."""
-    if KERNEL == "piecewise_linear":
-        return H * statistic
-    if t == 2:
-        return H
-    unit = unit_value(statistic, theta_ptr, KERNEL)
-    if t == 0:
-        return H * unit
-    alpha = tl.load(theta_ptr)
-    if KERNEL == "sigmoid":
-        return H * alpha * unit * (1.0 - unit) * statistic
-    return -(H * alpha * unit * statistic)
+    terms = kernel_function(statistic, theta_ptr, 0, H, H, KERNEL)
+    return terms[2][t]
 
 
 @triton.jit
 def statistic_slope(H, statistic, theta_ptr, p, KERNEL: tl.constexpr):
-    """C: ``H * dK`` is ``C (b - a) . d(b - a)`` for a distance, ``C d(b . a)`` for a dot product."""
-    if KERNEL == "linear":
-        return H
-    if KERNEL == "piecewise_linear":
-        return tl.where(statistic == 0.0, 0.0, tl.load(theta_ptr + p) * H / statistic)
-    scale = tl.load(theta_ptr) * tl.load(theta_ptr + 1)
-    unit = unit_value(statistic, theta_ptr, KERNEL)
-    return H * scale * unit * (1.0 - unit) if KERNEL == "sigmoid" else -2.0 * H * scale * unit
+    """C of group p."""
+    terms = kernel_function(statistic, theta_ptr, p, H, H, KERNEL)
+    return terms[1]
