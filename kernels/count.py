@@ -18,13 +18,13 @@ from snell.kernels.select import (
     MISSES,
     SHIFT,
     fresh,
-    is_last,
     keys,
     kth_smallest,
     layer_of_program,
     set_bracket,
     settle,
 )
+from snell.kernels.shares import is_last
 
 #: Bins that the deciding program reads at a time.
 _CHUNK = tl.constexpr(1024)
@@ -55,7 +55,7 @@ def _count(
     below = tl.zeros([BLOCK_N], tl.int32)
     at_lo = tl.zeros([BLOCK_N], tl.int32)
     at_hi = tl.zeros([BLOCK_N], tl.int32)
-    for tile in range(start, tl.cdiv(m, BLOCK_M) * tl.cdiv(n, BLOCK_N), step):
+    for tile in tl.range(start, tl.cdiv(m, BLOCK_M) * tl.cdiv(n, BLOCK_N), step, disable_licm=True):
         indices = tile_indices(tile, m, n, BLOCK_M, BLOCK_N)
         key = keys(factors_ptr, theta_ptr, stride, n, indices, RANK, GROUPS, STATISTIC, KERNEL)
         mask = indices[2] & indices[3]
@@ -167,7 +167,7 @@ def count_kernel(
             KERNEL, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         shift = tl.full([], -1, tl.int64)
-        if is_last(state_ptr, step):
+        if is_last(state_ptr + ARRIVED, step):
             _choose(state_ptr, memo_ptr, bucket_ptr, tau_ptr, k, bucket, salt, HAS_MEMO, BINS, BUCKET)
             if goes_on:
                 start, step = start * 0, step * 0 + 1

@@ -27,6 +27,7 @@ import triton.language as tl
 
 from snell.kernels.fingerprint import hash_columns, hash_theta
 from snell.kernels.kappa import kernel_value, pair_statistics
+from snell.kernels.shares import is_last
 
 #: A key no |K| exceeds.
 LARGEST = tl.constexpr(0x7FFFFFFF)
@@ -65,14 +66,6 @@ def keys(
 def fresh(ptr):
     """A number that other programs wrote: not from this multiprocessor's own cache."""
     return tl.load(ptr, cache_modifier=".cg")
-
-
-@triton.jit
-def is_last(state_ptr, programs):
-    """Whether all of a layer's ``programs`` have arrived; what they wrote before is then visible."""
-    # Every thread has written before one of them says so.
-    tl.debug_barrier()
-    return tl.atomic_add(state_ptr + ARRIVED, tl.full([], 1, tl.int64)) == programs - 1
 
 
 @triton.jit
@@ -161,7 +154,7 @@ def bracket_kernel(
         tile = rows, cols, mask, mask
         drawn = keys(factors_ptr, theta_ptr, stride, n, tile, RANK, GROUPS, STATISTIC, KERNEL)
         tl.store(sample_ptr + i, drawn, mask)
-    if is_last(state_ptr, tl.num_programs(0)):
+    if is_last(state_ptr + ARRIVED, tl.num_programs(0)):
         known = tl.full([], 0, tl.int1)
         if HAS_MEMO:
             # Two streams may select for one layer at a time: the second half of the fingerprint tells a tau that does

@@ -20,12 +20,13 @@ class Row(NamedTuple):
 #: 16 consecutive bytes of a bf16 weight a thread, 8 threads a row: whole 128-byte lines both ways. 16 entries
 #: a thread leave K 64 registers at r = 32, so that 4 blocks share a multiprocessor, and none spills at r = 256.
 _MERGE = Row(64, 64, 8)
-#: Nothing is loaded but factors: 4 rows x 4 columns a thread reads 8 numbers for 16 entries; 32 entries spill.
-_SELECT = Row(4, 512, 4)
+#: Nothing is loaded but factors: 16 entries a thread, 128 registers, 4 blocks a multiprocessor; 4 rows of 512 columns
+#: take 1 % fewer instructions and spill with four groups.
+_SELECT = Row(8, 256, 4)
 #: As merge; its two products take 168 registers a thread with a half-precision G, and 32 entries spill.
 _FACTOR_GRAD = Row(64, 64, 8)
-#: More than two groups: 4 entries a thread, or their norms spill.
-_FACTOR_GRAD_MANY = Row(32, 32, 8)
+#: More than two groups: 8 entries a thread, or their norms spill; 3 blocks a multiprocessor.
+_FACTOR_GRAD_MANY = Row(32, 32, 4)
 #: As merge: 64 rows feed one matrix instruction, and its columns are walked in strides of 64.
 _FEW_TOKENS = Row(64, 64, 8)
 

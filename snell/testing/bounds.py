@@ -206,8 +206,8 @@ class Expected:
 
 
 #: Share of G by which a GPU's factor gradients may take it wrong where G comes in half precision: their products are
-#: tf32 products, two roundings of 2^-11, or 2^-10 where bits are cut off.
-TF32_ERROR = 2**-9
+#: tf32 products of operands rounded to within 2^-11 (``kernels/factor_grad.py`` has the derivation).
+TF32_ERROR = 2**-10
 
 
 def layer(
