@@ -43,10 +43,11 @@ class Group(NamedTuple):
 
 OPERATIONS = ("tests/backends/test_operations.py", "tests/test_functional.py", "tests/test_blocks.py")
 LAYER = ("tests/test_linear.py", "tests/test_linear_modes.py", "tests/test_linear_state.py", "tests/test_precision.py",
-         "tests/test_memory.py", "tests/test_half_precision_sums.py")  # fmt: skip
+         "tests/test_half_precision_sums.py")  # fmt: skip
 COMPETITION = ("tests/competition", "tests/backends/test_cpu.py")
 ERRORS = ("tests/test_spec.py", "tests/test_functional_errors.py", "tests/test_reference.py", "tests/test_precision.py")
 TRITON = ("tests/kernels/test_select.py", "tests/backends/test_triton.py")
+ON_TRITON = "not blocked and not cpu"
 
 GROUPS = (
     Group(("snell/spec.py", "snell/kernel_functions.py", "snell/reference.py", "snell/precision.py"), 8,
@@ -55,21 +56,21 @@ GROUPS = (
     Group(("snell/blocks.py", "snell/ops.py", "snell/merging.py"), 16, (*OPERATIONS, *LAYER, *COMPETITION)),
     Group(("snell/linear.py", "snell/initial.py"), 10, (*LAYER, "tests/test_initial.py", "tests/test_golden.py")),
     Group(("snell/backends/__init__.py", "snell/backends/base.py", "snell/backends/blocked.py", "snell/backends/cpu.py",
-           "snell/backends/layout.py"), 8, (*OPERATIONS, *COMPETITION, "tests/test_native.py", *LAYER)),
-    Group(("snell/native.py",), 12, ("tests/test_native.py", *OPERATIONS[:1], *COMPETITION)),
-    Group(("snell/competition/memo.py", "snell/competition/radix.py", "snell/competition/thresholds.py"), 8,
+           "snell/backends/layout.py"), 7, (*OPERATIONS, *COMPETITION, "tests/test_native.py", *LAYER)),
+    Group(("snell/native.py",), 8, ("tests/test_native.py", *OPERATIONS[:1], *COMPETITION)),
+    Group(("snell/competition/memo.py", "snell/competition/radix.py", "snell/competition/thresholds.py"), 7,
           (*COMPETITION, *OPERATIONS[:2])),
-    Group(("snell/competition/held.py", "snell/competition/together.py", "snell/backends/triton.py"), 8,
-          (*TRITON, *COMPETITION[:1]), "triton or not blocked and not cpu", True),
-    Group(("snell/competition/processes.py", "snell/distributed.py"), 10, ("tests/distributed",)),
-    Group(("kernels/select.py", "kernels/count.py", "kernels/selection.py", "kernels/fingerprint.py"), 7,
-          (*TRITON, *OPERATIONS[:1]), "triton or not blocked and not cpu", True),
+    Group(("csrc/cpu/select.cpp", "csrc/cpu/factor_grad.cpp", "csrc/cpu/tiles.h", "csrc/cpu/kappa.h"), 10,
+          (*OPERATIONS[:2], *COMPETITION, "tests/test_native.py"), "not blocked"),
+    Group(("csrc/cpu/merge.cpp", "csrc/cpu/merge.h", "csrc/cpu/simd.h", "csrc/cpu/library.cpp"), 5,
+          (*OPERATIONS[:2], *COMPETITION, "tests/test_native.py"), "not blocked"),
+    Group(("snell/competition/held.py", "snell/competition/together.py", "snell/backends/triton.py"), 5,
+          (*TRITON, *COMPETITION[:1]), ON_TRITON, True),
+    Group(("kernels/select.py", "kernels/count.py", "kernels/selection.py", "kernels/fingerprint.py"), 5,
+          (*TRITON, *OPERATIONS[:1]), ON_TRITON, True),
     Group(("kernels/merge.py", "kernels/kappa.py", "kernels/factor_grad.py", "kernels/few_tokens.py",
-           "kernels/launch.py"), 7, (*OPERATIONS, *TRITON[1:]), "triton or not blocked and not cpu", True),
-    Group(("csrc/cpu/select.cpp", "csrc/cpu/factor_grad.cpp", "csrc/cpu/tiles.h", "csrc/cpu/kappa.h"), 16,
-          (*OPERATIONS[:2], *COMPETITION, "tests/test_native.py"), "not blocked"),
-    Group(("csrc/cpu/merge.cpp", "csrc/cpu/merge.h", "csrc/cpu/simd.h", "csrc/cpu/library.cpp"), 7,
-          (*OPERATIONS[:2], *COMPETITION, "tests/test_native.py"), "not blocked"),
+           "kernels/launch.py"), 5, (*OPERATIONS, *TRITON[1:]), ON_TRITON, True),
+    Group(("snell/competition/processes.py", "snell/distributed.py"), 5, ("tests/distributed",)),
 )  # fmt: skip
 
 FLAGS = "-std=c++17 -O1 -fopenmp -fvisibility=hidden -fno-math-errno -ffp-contract=off -fPIC -w -DSNELL_ISA=base"
