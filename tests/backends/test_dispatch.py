@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_an_unknown_backend_is_told_the_known_ones() -> None:
     before = backends.serving("cpu")
-    with pytest.raises(ValueError, match="one of blocked.*got 'none'"), backends.use("none"):
+    with pytest.raises(ValueError, match=r"one of blocked.*got 'none'"), backends.use("none"):
         pass
     assert backends.serving("cpu") is before
 

@@ -45,6 +45,7 @@ OPERATIONS = ("tests/backends/test_operations.py", "tests/test_functional.py", "
 LAYER = ("tests/test_linear.py", "tests/test_linear_modes.py", "tests/test_linear_state.py", "tests/test_precision.py",
          "tests/test_half_precision_sums.py")  # fmt: skip
 COMPETITION = ("tests/competition", "tests/backends/test_cpu.py")
+DISPATCH = ("tests/backends/test_dispatch.py", "tests/backends/test_workspaces.py")
 ERRORS = ("tests/test_spec.py", "tests/test_functional_errors.py", "tests/test_reference.py", "tests/test_precision.py")
 TRITON = ("tests/kernels/test_select.py", "tests/backends/test_triton.py")
 ON_TRITON = "not blocked and not cpu"
@@ -56,7 +57,7 @@ GROUPS = (
     Group(("snell/blocks.py", "snell/ops.py", "snell/merging.py"), 16, (*OPERATIONS, *LAYER, *COMPETITION)),
     Group(("snell/linear.py", "snell/initial.py"), 10, (*LAYER, "tests/test_initial.py", "tests/test_golden.py")),
     Group(("snell/backends/__init__.py", "snell/backends/base.py", "snell/backends/blocked.py", "snell/backends/cpu.py",
-           "snell/backends/layout.py"), 7, (*OPERATIONS, *COMPETITION, "tests/test_native.py", *LAYER)),
+           "snell/backends/layout.py"), 7, (*DISPATCH, *OPERATIONS, *COMPETITION, "tests/test_native.py", *LAYER)),
     Group(("snell/native.py",), 8, ("tests/test_native.py", *OPERATIONS[:1], *COMPETITION)),
     Group(("snell/competition/memo.py", "snell/competition/radix.py", "snell/competition/thresholds.py"), 7,
           (*COMPETITION, *OPERATIONS[:2])),
