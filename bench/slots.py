@@ -1,8 +1,8 @@
 """What an entry of K costs a GPU kernel, read off its machine code: no GPU is needed.
 
 A multiprocessor issues four warp instructions a clock, 128 thread-instructions: *slots*. The instructions of a kernel's
-main loop over the entries of one pass of it are the slots an entry takes; the busiest pipe bounds it from below. Nothing
-here is a measurement: waiting for memory, bank conflicts and uneven tails come on top.
+main loop over the entries of one pass of it are the slots an entry takes. The busiest pipe bounds it from below. None
+of this is a measurement: waiting for memory, bank conflicts and uneven tails come on top.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def instructions(sass: str) -> list[Instruction]:
 
 
 def main_loop(code: list[Instruction]) -> list[Instruction]:
-    """The innermost loop with at least half of the kernel's float32 arithmetic; the whole kernel where there is none."""
+    """The innermost loop with at least half of the kernel's float32 arithmetic; the whole kernel if there is none."""
 
     def arithmetic(part: list[Instruction]) -> int:
         return sum(pipe(one.op) == "FP32" for one in part)

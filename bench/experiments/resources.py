@@ -21,44 +21,29 @@ import triton
 import triton.backends.nvidia
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime import driver
 
 from snell.bench import core
 from snell.bench.core import Update
 from snell.bench.report import Cell, Columns, Document, table
 from snell.kernels import launch
-from snell.kernels.table import TABLE
+from snell.kernels.table import TABLE, Row
 from snell.spec import Spec
 
 CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
-POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float64: "*fp64"}
-POINTERS |= {torch.int32: "*i32", torch.int64: "*i64"}
 
 
-def specialised(kernel: Any, args: tuple, meta: dict[str, Any]) -> ASTSource:
-    """The source as a launch with ``args`` specialises it: ints of 1, and ints and addresses divisible by 16."""
-    signature: dict[str, str] = {}
-    constants, attributes = {}, {}
-    for i, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
-        number = value.data_ptr() if isinstance(value, torch.Tensor) else value
-        if isinstance(value, torch.Tensor):
-            signature[name] = POINTERS[value.dtype]
-        elif value == 1:
-            signature[name], constants[name] = "constexpr", 1
-        else:
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-        if number % 16 == 0:
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    for name, value in meta.items():
-        signature[name], constants[name] = "constexpr", value
-    return ASTSource(kernel, {n: signature[n] for n in kernel.arg_names}, constants, attributes)
+class _Target:
+    """In place of Triton's driver: a GPU that kernels are compiled for and cannot run on."""
+
+    def __init__(self, arch: int) -> None:
+        self.get_current_target = lambda: GPUTarget("cuda", arch, 32)
+        # A kernel remembers what it compiled by the device: one for each architecture.
+        self.get_current_device, self.get_current_stream = lambda: arch, lambda _: 0
 
 
-def resources(kernel: Any, args: tuple, options: dict[str, Any], arch: int) -> dict[str, Any]:
-    """Registers, shared memory, stack and local bytes of one kernel compiled for ``arch``."""
-    meta = {name: value for name, value in options.items() if name in kernel.arg_names}
-    compiler = {name: value for name, value in options.items() if name not in kernel.arg_names}
-    compiled = triton.compile(specialised(kernel, args, meta), target=GPUTarget("cuda", arch, 32), options=compiler)
+def resources(compiled: Any) -> dict[str, int]:
+    """Registers, shared memory, stack and local bytes of one compiled kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -67,34 +52,29 @@ def resources(kernel: Any, args: tuple, options: dict[str, Any], arch: int) -> d
     usage = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", dump)}
     if usage.keys() != {"REG", "STACK", "SHARED", "LOCAL"}:
         raise RuntimeError(f"cuobjdump told no resources: {dump!r}")
-    settings = " ".join(str(meta[k]) for k in ("KERNEL", "RANK", "GROUPS") if k in meta)
-    dtypes = " ".join(sorted({str(t.dtype).removeprefix("torch.") for t in args if isinstance(t, torch.Tensor)}))
-    return {
-        **{"kernel": kernel.__name__, "arch": arch, "settings": settings, "dtypes": dtypes},
-        **{"registers": usage["REG"], "stack": usage["STACK"], "local": usage["LOCAL"]},
-        # Triton's tiles are dynamic shared memory, which the machine code does not tell of.
-        **{"shared": usage["SHARED"] + compiled.metadata.shared, "warps": compiled.metadata.num_warps},
-    }
+    # Triton's tiles are dynamic shared memory, which the machine code does not tell of.
+    shared = {"shared": usage["SHARED"] + compiled.metadata.shared, "warps": compiled.metadata.num_warps}
+    return {"registers": usage["REG"], "stack": usage["STACK"], "local": usage["LOCAL"], **shared}
 
 
-def launches(call: Callable[[], object], arch: int, seen: set[tuple]) -> Iterator[dict[str, Any]]:
-    """The resources of every kernel that ``call`` would launch on ``arch``, but for specialisations in ``seen``."""
-    found: list[tuple] = []
+def launches(call: Callable[[], object], arch: int, seen: set[str]) -> Iterator[dict[str, Any]]:
+    """The resources of every kernel that ``call`` would launch on ``arch``, but for those in ``seen``."""
+    found: list[dict[str, Any]] = []
 
-    def run(kernel, grid, args, row=None, **meta):
-        found.append((kernel, args, meta | ({"num_warps": row.num_warps} if row else {}) | {"enable_fp_fusion": False}))
+    def run(kernel: Any, grid: Any, args: tuple, row: Row | None = None, **meta: Any) -> None:
+        options = {"num_warps": row.num_warps} if row else {}
+        compiled = kernel.warmup(*args, grid=(1,), **meta, **options, enable_fp_fusion=False)
+        if compiled.hash not in seen:
+            seen.add(compiled.hash)
+            settings = " ".join(str(meta[k]) for k in ("KERNEL", "RANK", "GROUPS") if k in meta)
+            dtypes = {str(t.dtype).removeprefix("torch.") for t in args if isinstance(t, torch.Tensor)}
+            facts = {"kernel": kernel.__name__, "arch": arch, "settings": settings, "dtypes": " ".join(sorted(dtypes))}
+            found.append(facts | resources(compiled))
 
-    def row(operation, like):
-        return TABLE[arch][operation]
-
-    with mock.patch.object(launch, "run", run), mock.patch.object(launch, "row", row):
+    driver.set_active(_Target(arch))
+    with mock.patch.object(launch, "run", run), mock.patch.object(launch, "row", lambda name, _: TABLE[arch][name]):
         call()
-    for kernel, args, options in found:
-        source = specialised(kernel, args, {k: v for k, v in options.items() if k in kernel.arg_names})
-        key = (source.hash(), str(options), arch)
-        if key not in seen:
-            seen.add(key)
-            yield resources(kernel, args, options, arch)
+    yield from found
 
 
 def update_of(kernel: str, rank: int, groups: int, m: int = 128, n: int = 256) -> Update:
@@ -111,7 +91,7 @@ def kernels(arch: int) -> Iterator[dict[str, Any]]:
     if arch == 90:  # what changes registers, once
         settings += [("piecewise_linear", 8, 2, torch.bfloat16), ("piecewise_linear", 256, 2, torch.float32)]
         settings += [("piecewise_linear", 64, 4, torch.float32), ("linear", 256, 1, torch.float32)]
-    seen: set[tuple] = set()
+    seen: set[str] = set()
     for kernel, rank, groups, dtype in settings:
         calls = core.kernel_calls(update_of(kernel, rank, groups), dtype)
         for operation in ("merge", "factor_grad", "few_tokens", "select", "verify"):

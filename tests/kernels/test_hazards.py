@@ -44,7 +44,7 @@ def test_no_tensor_is_made_on_the_default_device(kernel, tokens):
 
 
 def test_a_fingerprint_of_other_parameters_gives_NaN():
-    A, B, theta, spec = parameters(30, 40, rank=10)
+    A, B, theta, _ = parameters(30, 40, rank=10)
     tau = torch.tensor(0.5)
     state = torch.zeros((), dtype=torch.int64)
     assert fingerprint.verify(A, B, theta, tau, state).isnan()
