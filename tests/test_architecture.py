@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from checkout import ROOT
 
 #: Where each package lies in a checkout.
 SOURCES = {"snell": ROOT / "snell", "snell.kernels": ROOT / "kernels", "snell.bench": ROOT / "bench"}
