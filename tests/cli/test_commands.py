@@ -48,6 +48,35 @@ def test_an_unknown_word_is_named(arguments):
     assert "nonsense" in done.output.splitlines()[-1]
 
 
+@pytest.mark.parametrize("name", [name for rows in BENCHMARKS.values() for name in rows])
+def test_a_benchmarks_help_shows_its_options_and_its_modules_docstring(name):
+    done = invoke("bench", name, "--help")
+    assert done.exit_code == 0, done.output
+    assert "--out" in done.output
+    assert len(done.output.splitlines()) > 8
+
+
+def test_help_of_a_benchmark_imports_nothing_that_takes_time():
+    code = "import sys; from snell.cli import main; main(['bench', 'layer', '--help'], standalone_mode=False)"
+    slow = "print('slow:', {'transformers', 'peft', 'matplotlib', 'sklearn'} & set(sys.modules))"
+    done = run([sys.executable, "-c", f"{code}; {slow}"])
+    assert done.stdout.splitlines()[-1] == "slow: set()", done.stderr
+
+
+def test_what_users_run_imports_nothing_from_the_benchmarks():
+    modules = [module for module, _ in COMMANDS["Commands"].values() if module.startswith("snell.cli")]
+    code = f"import sys, {', '.join(modules)}; print([name for name in sys.modules if name.startswith('snell.bench')])"
+    done = run([sys.executable, "-c", code])
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.parametrize("seconds", ["-1", "0"])
+def test_a_time_that_is_none_is_refused(seconds):
+    done = invoke("bench", "layer", "--seconds", seconds)
+    assert done.exit_code == 2
+    assert "--seconds" in done.output
+
+
 def test_without_click_the_command_line_says_what_to_install():
     done = without("click", "doctor")
     assert done.returncode == 1
