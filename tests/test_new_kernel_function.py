@@ -33,7 +33,7 @@ class Insertion(NamedTuple):
 INSERTIONS = (
     Insertion(
         "snell/kernel_functions.py",
-        "# theta of sigmoid and rbf is",
+        "def _rbf(",
         """def _laplacian(statistics: Sequence[Tensor], theta: Tensor) -> Tensor:
     alpha, beta, gamma = theta
     return alpha * torch.exp(-beta * statistics[0]) + gamma
@@ -97,7 +97,7 @@ def laplacian(norm, theta_ptr, p, K, H):
     ),
     Insertion(
         "snell/testing/bounds.py",
-        "#: How far each kernel function's",
+        "def _of_unit(",
         """def _laplacian(s: list[_Statistic], theta: Tensor, eps: float) -> _Scalar:
     (alpha, beta, _), (norm, norm_error) = theta.abs(), s[0]
     unit = torch.exp(-theta[1] * norm)

@@ -11,10 +11,10 @@ _EXPERIMENTS, _PAPER = "snell.bench.experiments", "snell.bench.paper"
 #: Module and one line of help of each command; a module is imported when its command runs.
 COMMANDS = {
     "Commands": {
-        "doctor": ("snell.cli.doctor", "Say what snell finds on this machine, and check every operation on it."),
+        "doctor": ("snell.cli.doctor", "Report what snell finds on this machine, and check every operation on it."),
         "inspect": (
             "snell.cli.inspect",
-            "Show a saved adapter: where its survivors lie, and how far it moves each layer.",
+            "Show a saved adapter: which entries survive, and how much it changes each layer.",
         ),
         "demo": (
             f"{_EXPERIMENTS}.demo",
@@ -26,28 +26,31 @@ COMMANDS = {
 #: The same for ``snell bench``.
 BENCHMARKS = {
     "Layers and models": {
-        "layer": (f"{_EXPERIMENTS}.layer", "One layer's forward and backward beside the floor and every peer."),
-        "models": (f"{_EXPERIMENTS}.models", "A whole training step through PEFT beside every peer."),
-        "operations": (f"{_EXPERIMENTS}.operations", "A layer's operations on a CPU, beside a copy and a GEMM."),
-        "growth": (f"{_EXPERIMENTS}.growth", "How time and memory grow, beside the cost model."),
+        "layer": (
+            f"{_EXPERIMENTS}.layer",
+            "One layer's forward and backward, compared with the floor and other methods.",
+        ),
+        "models": (f"{_EXPERIMENTS}.models", "A whole training step through PEFT, compared with other methods."),
+        "operations": (f"{_EXPERIMENTS}.operations", "A layer's operations on a CPU, compared with a copy and a GEMM."),
+        "growth": (f"{_EXPERIMENTS}.growth", "How time and memory grow, compared with the cost model."),
         "minilm": (f"{_EXPERIMENTS}.minilm", "A real checkpoint on real text: SNELL, LoRA, linear probe."),
     },
     "The paper's experiments": {
         "steps": (f"{_PAPER}.steps", "The paper's Table A14: a step's time relative to LoRA-8 on ViT-B/16."),
         "memory": (f"{_PAPER}.memory", "The paper's Table A12: memory while ViT-B, L and H train."),
-        "gates": (f"{_PAPER}.gates", "Accuracy by gate, scale, sparsity and learning rate, beside LoRA's."),
+        "gates": (f"{_PAPER}.gates", "Accuracy by gate, scale, sparsity and learning rate, compared with LoRA."),
         "fit": (f"{_PAPER}.fit", "The paper's Figure 4(a): fitting random matrices by each kernel function."),
         "sparsify": (f"{_PAPER}.sparsify", "The paper's Table 5 on real data: what is sparsified, and at what rank."),
         "matrix-rank": (f"{_PAPER}.matrix_rank", "The rank of the merged update by kernel function."),
     },
     "Operations on a GPU": {
-        "merge": (f"{_EXPERIMENTS}.gpu", "Writing W0 + dW beside a copy."),
+        "merge": (f"{_EXPERIMENTS}.gpu", "Writing W0 + dW, compared with a copy."),
         "select": (f"{_EXPERIMENTS}.gpu", "Selecting thresholds, layer by layer and a whole model at once."),
-        "factor-grad": (f"{_EXPERIMENTS}.gpu", "The factors' gradients beside a copy."),
+        "factor-grad": (f"{_EXPERIMENTS}.gpu", "The factors' gradients, compared with a copy."),
         "generate": (f"{_EXPERIMENTS}.gpu", "Few tokens through an unmerged layer."),
         "resources": (
             f"{_EXPERIMENTS}.resources",
-            "Registers and memory of GPU kernels, compiled ahead of time without one.",
+            "Registers and memory of the GPU kernels, compiled ahead of time. Needs no GPU.",
         ),
         "tune": (f"{_EXPERIMENTS}.tune", "Search tile sizes and print rows for the table of launch parameters."),
     },

@@ -1,4 +1,4 @@
-"""A saved SNELL adapter as its layers' updates, without the base model. What is wrong with it is one sentence."""
+"""Reads a saved SNELL adapter without its base model. Every fault of the files is reported in one sentence."""
 
 from __future__ import annotations
 
@@ -26,9 +26,12 @@ _FACTOR = re.compile(r"(?:base_model\.model\.)?(?P<layer>.+)\.snell_(?P<name>A|B
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter's folder and settings, and the keys of its tensors in the file by layer and name (A, B, theta).
+    """A saved adapter.
 
-    Layers are named as in the base model, and sorted by name.
+    Attributes:
+        folder, config: where it is, and its settings.
+        keys: keys of its tensors in the file, by layer and name (A, B, theta). Layers have their names in the base
+            model and are sorted by them.
     """
 
     folder: Path
@@ -36,13 +39,13 @@ class Adapter:
     keys: dict[str, dict[str, str]]
 
     def updates(self) -> Iterator[tuple[str, Update]]:
-        """Each layer's name and update. A layer is read, and its threshold selected, when its turn comes."""
+        """Each layer's name and update, one layer in memory at a time."""
         with _weights(self.folder) as file:
             for layer, keys in self.keys.items():
                 yield layer, self._update(layer, {name: file.get_tensor(key) for name, key in keys.items()})
 
     def others(self) -> list[Path]:
-        """Folders of further adapters inside this one's."""
+        """Folders inside this one that hold other adapters."""
         return sorted(path.parent for path in self.folder.glob(f"*/{CONFIG_NAME}"))
 
     def _update(self, layer: str, tensors: dict[str, Tensor]) -> Update:
@@ -69,7 +72,7 @@ def _fit(A: Tensor, B: Tensor, theta: Tensor, spec: Spec) -> bool:
 
 
 def _as_loaded(layer: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """In the dtype that a model holds them in: float32, or float64 where all were saved so."""
+    """Converted to the dtype in which a model holds them: float64 if all were saved so, float32 otherwise."""
     for name, tensor in tensors.items():
         if tensor.dtype not in WEIGHT_DTYPES:
             found, *known = (str(dtype).removeprefix("torch.") for dtype in (tensor.dtype, *WEIGHT_DTYPES))
@@ -90,7 +93,7 @@ def _weights(folder: Path) -> safe_open:
 
 
 def _find(folder: Path) -> Path:
-    """The folder, or its one subfolder, that holds an adapter: ``save_pretrained`` puts all but "default" into one."""
+    """``folder``, or its only subfolder with an adapter: ``save_pretrained`` puts all but "default" into subfolders."""
     if (folder / CONFIG_NAME).exists():
         return folder
     inner = sorted(path.parent for path in folder.glob(f"*/{CONFIG_NAME}"))
@@ -119,12 +122,12 @@ def _config(folder: Path) -> SnellConfig:
 
 
 def _natural(name: str) -> list[tuple[bool, int | str]]:
-    """Sorts layer 2 before layer 10."""
+    """A sort key that puts layer 2 before layer 10."""
     return [(part.isdigit(), int(part) if part.isdigit() else part) for part in re.split(r"(\d+)", name)]
 
 
 def read(folder: Path) -> Adapter:
-    """The adapter in ``folder``; its tensors stay on the disk until they are asked for.
+    """The adapter in ``folder``. Its tensors are read later, by :meth:`Adapter.updates`.
 
     Raises:
         click.ClickException: what is wrong with it, in a sentence.

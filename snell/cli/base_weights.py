@@ -1,4 +1,4 @@
-"""The base model's weights, read block by block from its safetensors files: for their norms alone."""
+"""Norms of a base model's weights, which are read block by block from its safetensors files."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class BaseWeights:
             return math.sqrt(sum(block.double().square().sum().item() for block in blocks))
 
     def _key(self, module: str) -> str | None:
-        """The key of a module's weight: by its name, by its name in the file, or by the end of either."""
+        """The key of a module's weight, whose name may differ by a prefix or by how transformers saves it; or None."""
         for names in (self._modules, self._renamed):
             if found := _match(module, names):
                 return found
@@ -84,14 +84,14 @@ class BaseWeights:
 
     @cached_property
     def _renamed(self) -> dict[str, str]:
-        """The same by the names that the model's modules have, where transformers saves it under others."""
+        """Keys by the names of the model's modules, where transformers saves weights under other names."""
         return {new.removesuffix(".weight"): key for key, new in _renamings(self.folder, list(self._files))}
 
 
 def _match(module: str, names: dict[str, str]) -> str | None:
     if module in names:
         return names[module]
-    # A head was put on the base, or taken off: one name is the other and a prefix.
+    # With a head on the base, or without it, one name is the other with a prefix.
     longer = [name for name in names if name.endswith(f".{module}")]
     if len(longer) == 1:
         return names[longer[0]]
@@ -100,7 +100,7 @@ def _match(module: str, names: dict[str, str]) -> str | None:
 
 
 def _renamings(folder: Path, keys: list[str]) -> Iterator[tuple[str, str]]:
-    """Keys of the checkpoint and what transformers calls them in the model it builds, as far as it knows."""
+    """Keys of the checkpoint, and their names in the model that transformers builds, where it knows the model."""
     try:
         import transformers
         from transformers.conversion_mapping import get_model_conversion_mapping
@@ -110,12 +110,12 @@ def _renamings(folder: Path, keys: list[str]) -> Iterator[tuple[str, str]]:
         with torch.device("meta"):
             model = getattr(transformers, architecture)(transformers.AutoConfig.from_pretrained(folder))
     except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, ImportError):
-        return  # no model of transformers' own, or a release that keeps the names elsewhere
+        return  # not a model of transformers, or a release without these functions
     changes = get_model_conversion_mapping(model)
     renamings = [change for change in changes if isinstance(change, WeightRenaming)]
     converters = [change for change in changes if isinstance(change, WeightConverter)]
     held = model.state_dict()
     found = {key: rename_source_key(key, renamings, converters, model.base_model_prefix, held)[0] for key in keys}
-    # Several that become one are pieces of a fused weight.
+    # Several keys with one name are parts of a fused weight.
     times = Counter(found.values())
     yield from ((key, new) for key, new in found.items() if times[new] == 1 and new.endswith(".weight"))

@@ -1,4 +1,4 @@
-"""Say what snell finds on this machine and whether it works here.
+"""Report what snell finds on this machine and whether it works here.
 
 Shows the machine, the versions of what snell stands on, the native library, Triton, and which backend serves which
 device and why. Then checks every operation of every backend that runs here against the float64 reference: each
@@ -106,5 +106,5 @@ def main(context: click.Context, as_json: bool) -> None:
             click.echo(textwrap.fill(f"- {fault}", 116, subsequent_indent="  ", break_long_words=False))
     else:
         notes = sum(one.verdict == NOTE for one in found)
-        click.secho(f"\nAll is well{f', but for notes above: {notes}' if notes else ''}.", fg="green", bold=True)
+        click.secho(f"\nEverything works{f' (notes above: {notes})' if notes else ''}.", fg="green", bold=True)
     context.exit(1 if faults else 0)

@@ -43,7 +43,7 @@ class Finding:
 
 
 def has_nvidia_gpu() -> bool:
-    """Whether the machine has an NVIDIA GPU, be torch able to use it or not."""
+    """Whether the machine has an NVIDIA GPU, whether or not torch can use it."""
     return Path("/proc/driver/nvidia/version").exists() or (
         torch.version.cuda is not None and torch.cuda.is_available()
     )
@@ -62,14 +62,14 @@ def machine() -> Iterator[Finding]:
     if not torch.cuda.is_available():
         if has_nvidia_gpu():
             advice = "install a torch that is built for CUDA: see https://pytorch.org/get-started"
-            text = f"an NVIDIA driver is here, but torch {torch.__version__} cannot use a GPU"
+            text = f"an NVIDIA driver is installed, but torch {torch.__version__} cannot use a GPU"
             yield Finding("machine", "GPU", PROBLEM, text, advice)
         else:
             yield Finding("machine", "GPU", OK, "none")
 
 
 def versions() -> Iterator[Finding]:
-    """Python and every package that snell or one of its extras asks for, beside the range it asks for."""
+    """Python and every package that snell or one of its extras requires, with the required range."""
     metadata = importlib.metadata.metadata("snell")
     wanted = SpecifierSet(metadata["Requires-Python"] or "")
     yield _version("python", platform.python_version(), wanted, None)
@@ -83,7 +83,7 @@ def versions() -> Iterator[Finding]:
         try:
             version = importlib.metadata.version(requirement.name)
         except importlib.metadata.PackageNotFoundError:
-            if requirement.name == "triton":  # the section on Triton says what that means here
+            if requirement.name == "triton":  # reported in the section on Triton
                 continue
             version = None
         yield _version(requirement.name, version, requirement.specifier, asked_by)
@@ -101,7 +101,7 @@ def _version(name: str, version: str | None, wanted: SpecifierSet, extra: str | 
 
 
 def native_library() -> Finding:
-    """Whether the native library is there and loads, and if not, why not and what to do."""
+    """Whether the native library exists and loads; if not, the reason and the remedy."""
     problem = native.problem()
     if problem is None:
         isa = native.instruction_set() or ""
@@ -111,14 +111,14 @@ def native_library() -> Finding:
         return Finding("native library", "file", NOTE, text)
     advice = f"install a C++ compiler (g++), then: {_reinstall()}"
     if native.PATH.exists():
-        advice = f"install snell anew: {_reinstall()}"
+        advice = f"reinstall snell: {_reinstall()}"
     if "libgomp" in problem:
         advice = "install the OpenMP runtime (libgomp1 on Debian, libgomp on Fedora), or a newer torch, which brings it"
     return Finding("native library", "file", PROBLEM, text, advice)
 
 
 def _reinstall() -> str:
-    """The command that installs snell anew from the clone or wheel that pip noted as its source."""
+    """The command that reinstalls snell from the clone or wheel that pip recorded as its source."""
     record = json.loads(importlib.metadata.distribution("snell").read_text("direct_url.json") or "{}")
     source = shlex.quote(record.get("url", "PATH_OF_THE_CLONE_OR_WHEEL"))
     editable = "--editable " if record.get("dir_info", {}).get("editable") else ""
@@ -138,13 +138,13 @@ def triton() -> Finding:
         text = f"{reason}; layers on the GPU run on plain PyTorch, many times slower"
         return Finding("Triton", "package", PROBLEM, text, f"pip install '{_requirement('triton')}'")
     if reason:
-        text = f"{reason}; it is needed on NVIDIA GPUs alone, of which this machine has none"
+        text = f"{reason}; it is only needed on NVIDIA GPUs, and this machine has none"
         return Finding("Triton", "package", NOTE, text, f"for a GPU: pip install '{_requirement('triton')}'")
     if os.environ.get("TRITON_INTERPRET") == "1":
         text = f"{version}, interpreted (TRITON_INTERPRET=1): for tests, thousands of times slower"
         return Finding("Triton", "package", NOTE, text, "unset TRITON_INTERPRET")
     if "triton" not in backends.AVAILABLE:
-        return Finding("Triton", "package", OK, f"{version}; no NVIDIA GPU that torch can use, so it has nothing to do")
+        return Finding("Triton", "package", OK, f"{version}; unused, as there is no NVIDIA GPU that torch can use")
     return Finding("Triton", "package", OK, f"{version}; kernels are compiled for the GPU at first use")
 
 
@@ -154,18 +154,18 @@ def _requirement(name: str) -> str:
 
 
 def devices() -> Iterator[Finding]:
-    """Which backend serves which type of device, as registered, and why."""
+    """Which backend serves which type of device, and why."""
     cpu, cuda = (backends.serving(device_type).name for device_type in ("cpu", "cuda"))
     why = "the native library is loaded" if cpu == "cpu" else f"the native library {native.problem()}"
     yield Finding("devices", "cpu", OK, f"{_describe(cpu)}, because {why}")
     if not torch.cuda.is_available():
-        yield Finding("devices", "cuda", OK, f"nothing to serve: torch {torch.__version__} finds no GPU")
+        yield Finding("devices", "cuda", OK, f"none: torch {torch.__version__} finds no GPU")
     else:
         why = "Triton is installed and torch is built for CUDA"
         if cuda != "triton":
             why = "torch is built for ROCm" if torch.version.hip else "Triton does not import"
         yield Finding("devices", "cuda", OK, f"{_describe(cuda)}, because {why}")
-    yield Finding("devices", "others", OK, f"{_describe('blocked')}, because it runs on whatever torch does")
+    yield Finding("devices", "others", OK, f"{_describe('blocked')}, because it runs wherever torch does")
 
 
 def _describe(backend: str) -> str:
@@ -174,5 +174,5 @@ def _describe(backend: str) -> str:
 
 
 def findings() -> list[Finding]:
-    """Everything above, in the order of the report."""
+    """All findings, in the order of the report."""
     return [*machine(), *versions(), native_library(), triton(), *devices()]

@@ -23,8 +23,7 @@ from snell.cli.options import out_option
 @click.option("--base", metavar="NAME", help="Folder of the base model's checkpoint, or its name in the local cache.")
 @out_option
 def main(adapter_dir: Path, base: str | None, out: Path) -> None:
-    from snell.cli.inspect_report import (
-        report,
-    )  # transformers and matplotlib take seconds, which help need not wait for
+    # Here and not above: transformers and matplotlib take seconds to import, and --help needs neither.
+    from snell.cli.inspect_report import report
 
     report(adapter_dir, base, out)

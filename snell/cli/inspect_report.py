@@ -1,4 +1,4 @@
-"""What ``snell inspect`` prints and writes of an adapter."""
+"""The table, notes, picture and JSON of ``snell inspect``."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _COLUMNS = {
 
 
 def table(rows: Sequence[Row], with_base: bool) -> str:
-    """The figures in columns, names to the left and numbers to the right."""
+    """The figures in columns: names left-aligned, numbers right-aligned."""
     columns = {name: cell for name, cell in _COLUMNS.items() if with_base or "W0" not in name}
     lines = [list(columns), *([cell(row) for cell in columns.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -63,7 +63,7 @@ def _total(rows: Sequence[Row]) -> str:
 
 
 def notes(rows: Sequence[Row], adapter: Adapter, base: str | None) -> list[str]:
-    """Sentences on what a user may not expect of the adapter or the base."""
+    """Sentences on what a user may not expect."""
     found = []
     if excess := [row for row in rows if row.exceeds_base]:
         largest = max(excess, key=lambda row: row.ratio or float("inf"))
@@ -75,7 +75,7 @@ def notes(rows: Sequence[Row], adapter: Adapter, base: str | None) -> list[str]:
     if missing:
         found.append(f"{base} holds no float weight for {len(missing)} of the layers, such as {missing[0]}.")
     if others := adapter.others():
-        found.append(f"Further adapters lie in {', '.join(map(str, others))}.")
+        found.append(f"Other adapters are in {', '.join(map(str, others))}.")
     return found
 
 

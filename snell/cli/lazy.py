@@ -15,7 +15,7 @@ Sections = Mapping[str, Mapping[str, tuple[str, str]]]
 
 
 class LazyGroup(click.Group):
-    """Commands named in ``sections``; each module's ``main`` is the command."""
+    """A group of the commands in ``sections``. Each module's ``main`` is the command."""
 
     def __init__(self, *args: Any, sections: Sections, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""What a reader needs to judge a time; nothing that names the machine."""
+"""Facts on the machine that help to judge a measured time. None of them identifies it."""
 
 from __future__ import annotations
 

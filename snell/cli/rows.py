@@ -1,4 +1,4 @@
-"""One layer of a saved adapter in figures: a row of ``snell inspect``'s table, and of its JSON."""
+"""The figures of one layer of a saved adapter: a row of ``snell inspect``'s table and JSON."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Row:
         sparsity_asked, sparsity_counted: shares of dW's entries that are zero.
         survivors: how many entries are not.
         tau: the threshold of \\|K\\|.
-        norm, base_norm: Frobenius norms of dW and of W0; W0's is None where it is not at hand.
+        norm, base_norm: Frobenius norms of dW and of W0; W0's is None without a base.
         ratio: ``norm / base_norm``.
-        exceeds_base: whether ``norm > base_norm``; None where W0 is not at hand.
+        exceeds_base: whether ``norm > base_norm``; None without a base.
         densest_tenth_of_rows, densest_tenth_of_columns: share of the survivors in the tenth of the rows (columns) that
             has most of them; 0.1 would be uniform.
         untouched_rows, untouched_columns: share of the rows (columns) without a survivor.

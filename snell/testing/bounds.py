@@ -1,4 +1,4 @@
-"""How far an operation in the factors' precision may lie from the float64 reference, entry by entry.
+"""Error bounds: how far each entry of an operation's result may be from the float64 reference.
 
 Every bound follows from the formulas: eps times the number of roundings times the sum of the magnitudes that were
 rounded, carried through the gate and the derivatives. Nothing here is fitted to a backend. The tests and ``snell
@@ -21,14 +21,14 @@ from snell.update import Update
 
 
 class _Statistic(NamedTuple):
-    """A pair statistic ``[m, n]`` in float64 (a distance as its norm), and the bound on a backend's."""
+    """A pair statistic ``[m, n]`` in float64, and the error bound of a backend's. Distances are not squared."""
 
     value: Tensor
     error: Tensor
 
 
 class _Scalar(NamedTuple):
-    """What a kernel function's row of the table says of magnitudes, all ``[m, n]``.
+    """Magnitudes that a kernel function's bounds are made of, all ``[m, n]``.
 
     Attributes:
         error: bound on K.
@@ -86,7 +86,7 @@ def _of_unit(
     return _Scalar(error, [(factor * slope[0], factor * (slope[1] + 8 * eps * slope[0]))], [unit, by_beta, by_gamma])
 
 
-#: How far each kernel function's scalar arithmetic may lie off.
+#: The error bounds of each kernel function's scalar arithmetic.
 _ROWS: dict[str, Callable[[list[_Statistic], Tensor, float], _Scalar]] = {
     "piecewise_linear": _piecewise_linear,
     "linear": _linear,
@@ -97,7 +97,7 @@ _ROWS: dict[str, Callable[[list[_Statistic], Tensor, float], _Scalar]] = {
 
 @dataclass(frozen=True)
 class Expected:
-    """The results of an update's operations in float64, and how far a backend's may lie from them.
+    """The results of an update's operations in float64, and the error bounds of a backend's.
 
     Attributes:
         update: factors in the backend's precision, and tau as the backend under test selected it.
@@ -126,7 +126,7 @@ class Expected:
 
     @cached_property
     def _statistics(self) -> list[_Statistic]:
-        """Each sums r products or squares of once-rounded terms."""
+        """Each is a sum of r products, or of r squares of rounded differences."""
         A, B, _, _, spec = self.exact
         rounding = 2 * (spec.rank + 8) * self.eps
         values = spec.function.statistics(A, B, spec.groups)
@@ -139,7 +139,7 @@ class Expected:
         return _ROWS[self.exact.spec.kernel](self._statistics, self.exact.theta, self.eps)
 
     def gates(self) -> tuple[Tensor, Tensor]:
-        """Gates in float64, and their bound; an entry whose \\|K\\| is within rounding of tau may win or lose."""
+        """Gates in float64, and their bound. An entry whose \\|K\\| is within rounding of tau may survive or not."""
         K, error, tau, gate = self.K(), self.K_error(), self.exact.tau, self.exact.spec.gate
         a, gates = K.abs(), reference.gate_values(K, tau, gate=gate)
         if gate == "none":
@@ -191,7 +191,7 @@ class Expected:
         return bound_A, bound_B, torch.stack(thetas) if thetas else torch.zeros_like(theta)
 
     def _products(self, C: Tensor, error: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        """C^T B and C A; of a distance, colsum(C) A - C^T B and rowsum(C) B - C A, rounded each for itself."""
+        """Bounds on C^T B and C A; for distances, on colsum(C) A - C^T B and rowsum(C) B - C A."""
         A, B, m, n = A.abs(), B.abs(), B.shape[0], A.shape[0]
         grown_A, grown_B = error + growth(m) * self.eps * C, error + growth(n) * self.eps * C
         bound_A, bound_B = grown_A.T @ B, grown_B @ A
@@ -213,7 +213,7 @@ TF32_ERROR = 2**-10
 def layer(
     expected: Expected, x: Tensor, weight: Tensor | None, bias: Tensor | None, grad_y: Tensor, tf32_error: float = 0.0
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """y and the gradients of the layer in float64, with their bounds: those of its GEMMs around the update's.
+    """y and the gradients of the layer in float64, with bounds that combine the update's and the GEMMs'.
 
     Args:
         expected: of the update.
@@ -246,7 +246,7 @@ def layer(
 
 
 def growth(terms: int) -> float:
-    """Roundings that a sum of ``terms`` may gather: all of them, or 8 sqrt of many (they do not all agree)."""
+    """How many roundings a sum of ``terms`` may accumulate. Those of many have random signs: 8 sqrt(terms) at most."""
     return 8 + min(terms, 8 * math.sqrt(terms))
 
 
@@ -272,5 +272,5 @@ def assert_within(actual: Tensor, value: Tensor, bound: Tensor, name: str) -> No
 
 
 def _tiny(dtype: torch.dtype) -> float:
-    # Products of the gate's size may fall below the smallest normal number, where spacing no longer shrinks.
+    # Small products may be subnormal, where the relative error of a rounding exceeds eps.
     return torch.finfo(dtype).tiny if dtype != torch.float16 else torch.finfo(dtype).smallest_normal * 2**-9

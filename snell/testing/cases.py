@@ -1,4 +1,4 @@
-"""The cases of the self-check: small random updates, and each operation's largest error on one of them."""
+"""The cases of the self-check: small random updates, and the error of each operation on them."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 #: Odd sizes, so that every tile has an edge: out, in, rank, groups, sparsity.
 M, N, RANK, GROUPS, SPARSITY = 29, 43, 6, 2, 0.8
 
-#: Tokens of the layer, and of the layer where a backend has a path for few.
+#: Tokens of the layer, and few enough for the path that some backends have for few.
 TOKENS, FEW = 19, 5
 
 
 class Setting(NamedTuple):
-    """What one case is made of; ``dtype`` is the weight's and the activations'."""
+    """The settings of a case. ``dtype`` is that of the weight and the activations."""
 
     kernel: str
     gate: str
@@ -36,7 +36,7 @@ class Setting(NamedTuple):
 
 
 def settings(thinned: bool) -> list[Setting]:
-    """Every combination; or a Latin square of them, in which every two values still meet."""
+    """Every combination, or a Latin square of them, which still has every pair of values."""
     return [
         Setting(kernel, gate, dtype)
         for i, kernel in enumerate(KERNEL_FUNCTIONS)
@@ -47,7 +47,7 @@ def settings(thinned: bool) -> list[Setting]:
 
 
 class Case:
-    """Random tensors of one setting on one device, the same at every call, and tau by the backend in use."""
+    """Random tensors of one setting on one device, the same every time; the backend in use selects tau."""
 
     def __init__(self, setting: Setting, device: str) -> None:
         rng = torch.Generator().manual_seed(0)
@@ -61,14 +61,14 @@ class Case:
         self.spec = Spec(RANK, 0.0 if gate == "none" else SPARSITY, kernel, GROUPS, gate)
         theta = torch.tensor(self.spec.initial_theta(0.1), dtype=torch.float64)
         theta = theta * (1 + 0.3 * draw(len(theta)).abs())
-        # Small factors: rbf and sigmoid would saturate, and tie.
+        # Small factors: with larger ones rbf and sigmoid saturate, and entries tie.
         A, B, theta = (t.to(device, factors) for t in (0.3 * draw(N, RANK), 0.3 * draw(M, RANK), theta))
         self.weight, self.bias, self.G = (t.to(device, dtype) for t in (draw(M, N), draw(M), draw(M, N)))
         self.x, self.grad_y = (t.to(device, dtype) for t in (draw(TOKENS, N), draw(TOKENS, M)))
         self.k = self.spec.num_zeroed(M * N)
         self.update = functional.update(A, B, theta, self.spec)
-        # The soft gate moves with tau's own rounding. The others only rank by tau, and get the reference's in float64:
-        # by its rounded value, the entry that tau was taken from would count as one that may survive.
+        # The soft gate changes with tau, so it is judged at the tau that the backend selected. The others only compare
+        # with tau, so they are judged at the exact one: the entry that tau comes from would otherwise be undecided.
         self.expected = Expected(self.update)
         if gate in ("magnitude", "hard"):
             self.expected = Expected(self.update._replace(tau=self.exact_tau()))
@@ -81,15 +81,17 @@ class Case:
 
     @property
     def tf32_error(self) -> float:
-        return TF32_ERROR if self.device == "cuda" and self.G.element_size() == 2 else 0.0
+        """The Triton kernels round to tf32 where G comes in half precision, on a GPU and interpreted."""
+        serving = backends.of(self.update.A).name
+        return TF32_ERROR if serving == "triton" and self.G.element_size() == 2 else 0.0
 
     def merge(self, weight: Tensor | None = None, *, ungated: bool = False) -> Tensor:
-        """By the backend in use."""
+        """dW, or weight + dW, by the backend in use; K itself if ``ungated``."""
         spec = Spec(RANK, 0.0, self.spec.kernel, GROUPS).applied if ungated else self.update.spec
         return functional.dense(self.update._replace(spec=spec), weight=weight)
 
     def layer(self, *names: str, tokens: int = TOKENS, weighted: bool = True) -> float:
-        """The largest error of the layer's results that are named, with its first ``tokens`` tokens."""
+        """The largest error of the named results of the layer, for the first ``tokens`` tokens."""
         key = tokens, weighted
         if key not in self._layers:
             self._layers[key] = self._run_layer(tokens, self.weight if weighted else None)
@@ -114,12 +116,12 @@ def _present(result: Tensor | None) -> Tensor:
 
 
 def _select(case: Case) -> float:
-    # The k-th smallest moves by no more than the entries do.
+    # The k-th smallest is off by no more than the entries are.
     return share_of_bound(case.update.tau, case.exact_tau(), case.expected.K_error().max())
 
 
 def _survivors(case: Case) -> float:
-    """Exact, among the backend's own K: tau has the rank it should, and who is above tau is who is not zero."""
+    """Exactly right for the backend's own K: tau has its rank, and the entries above tau are those that are not 0."""
     magnitudes, tau = case.merge(ungated=True).abs(), case.update.tau
     below, at = int((magnitudes < tau).sum()), int((magnitudes == tau).sum())
     right_rank = not case.k or below < case.k <= below + at
@@ -133,7 +135,7 @@ def _merge(case: Case) -> float:
 
 
 def _factor_gradients(case: Case) -> float:
-    """The gradients; and the weight written beside them must have the bits of merge."""
+    """The gradients. The merged weight of the same pass must have the bits of merge's."""
     merged, grads = torch.empty_like(case.G), Gradients.zeros(case.update)
     backends.of(case.update.A).factor_grad(case.G, case.update, grads, case.weight, merged)
     if not merged.equal(case.merge(case.weight)):
@@ -146,7 +148,7 @@ _GRADIENTS = ("grad_x", "grad_A", "grad_B", "grad_theta")
 
 
 def _gradients_of_tokens(case: Case) -> float | None:
-    """What large layers with few survivors take instead of G."""
+    """The path of large layers with few survivors, which forms no G."""
     grads, backend = Gradients.zeros(case.update), backends.of(case.update.A)
     if not backend.factor_grad_of_tokens(case.grad_y, case.x, case.update, grads, always=True):
         return None
@@ -158,7 +160,7 @@ def _few_tokens(case: Case) -> float:
     return max(case.layer("y", tokens=FEW, weighted=weighted) for weighted in (True, False))
 
 
-#: What is checked of a backend: the largest error as a share of its bound, or None where it has no such ability.
+#: The checks of a backend. Each returns the largest error as a share of its bound, or None if the backend lacks it.
 OPERATIONS: dict[str, Callable[[Case], float | None]] = {
     "select": _select,
     "survivors": _survivors,

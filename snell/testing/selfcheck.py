@@ -1,4 +1,4 @@
-"""Every operation of every backend on small cases, against the float64 reference and within its error bounds."""
+"""The self-check: every operation of every backend on small cases, compared with the float64 reference."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ class Checked:
         return not self.failures
 
     def verdict(self) -> str:
-        """What is wrong, in a sentence without its end."""
+        """What is wrong, as a sentence without its period."""
         first = "; ".join(self.failures[:2])
         return (
             f"{len(self.failures)} of {self.cases} cases are wrong: {first}{'; ...' if len(self.failures) > 2 else ''}"
         )
 
     def add(self, setting: Setting, case: Case, check: Callable[[Case], float | None]) -> None:
-        """Run the check on one case and take its result in, if the backend has what it checks."""
+        """Run the check on one case and record the result, if the backend has the operation."""
         try:
             share = check(case)
-        except Exception as error:  # whatever a broken installation raises is what its user must read
+        except Exception as error:  # a broken installation may raise anything
             self.fails(setting, error)
             return
         if share is None:
@@ -69,16 +69,16 @@ class Checked:
 
 
 def places() -> Iterator[tuple[str, str, bool]]:
-    """Backend, device type of its tensors, and whether each setting costs it so long that a selection must do."""
+    """Each backend with the device type of its tensors, and whether it is too slow for all settings."""
     for name in backends.AVAILABLE:
         if name != "triton":
             yield name, "cpu", False
-        else:  # a compilation a setting, or an interpreter
+        else:  # compiles for each setting, or is interpreted
             yield name, "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda", True
 
 
 def check(backend: str, device: str, thinned: bool, on_case: Callable[[], Any] = lambda: None) -> list[Checked]:
-    """All operations of one backend; ``on_case`` is called after each setting."""
+    """Check all operations of one backend. ``on_case`` is called after each setting."""
     found: dict[str, Checked] = {}
 
     def entry(operation: str) -> Checked:
@@ -86,7 +86,7 @@ def check(backend: str, device: str, thinned: bool, on_case: Callable[[], Any] =
 
     with backends.use(backend, device):
         for setting in settings(thinned):
-            competition.forget()  # a threshold that another backend selected is not this one's
+            competition.forget()  # a threshold that another backend selected does not count
             try:
                 case = Case(setting, device)
             except Exception as error:

@@ -93,7 +93,7 @@ def test_a_library_cut_short_is_a_problem(tmp_path):
 
 @pytest.mark.parametrize(
     "contents, words, advice",
-    [(b"not a library" * 100, "invalid ELF header", "install snell anew"), (None, "was not built", "C++ compiler")],
+    [(b"not a library" * 100, "invalid ELF header", "reinstall snell"), (None, "was not built", "C++ compiler")],
 )
 def test_it_says_what_is_wrong_with_the_library_and_what_to_do(monkeypatch, tmp_path, contents, words, advice):
     path = tmp_path / "_native.so"

@@ -166,7 +166,7 @@ def test_an_adapter_in_a_subfolder_is_found_and_several_are_listed(tmp_path):
     done, _ = inspect(tmp_path / "adapter")
     assert done.exit_code == 0
     assert "r 4," in done.output
-    assert f"Further adapters lie in {tmp_path / 'adapter' / 'second'}." in done.output
+    assert f"Other adapters are in {tmp_path / 'adapter' / 'second'}." in done.output
     alone = tmp_path / "alone"
     shutil.copytree(tmp_path / "adapter" / "second", alone / "second")
     done, _ = inspect(alone)

@@ -104,3 +104,13 @@ def test_the_path_for_few_tokens_is_checked(monkeypatch):
 
     monkeypatch.setattr(type(TRITON), "few_tokens", larger)
     assert wrong(selfcheck.check("triton", "cpu", True)) == {"linear, few tokens"}
+
+
+@pytest.mark.skipif(TRITON is None or torch.cuda.is_available(), reason="needs Triton's interpreter")
+def test_half_precision_gradients_of_the_kernels_need_the_bound_of_tf32(monkeypatch):
+    """Without it they are out of bounds; with it they are within them."""
+    halves = [cases.Setting("linear", "hard", torch.bfloat16), cases.Setting("rbf", "soft", torch.float16)]
+    monkeypatch.setattr(selfcheck, "settings", lambda thinned: halves)
+    assert wrong(selfcheck.check("triton", "cpu", True)) == set()
+    monkeypatch.setattr(cases, "TF32_ERROR", 0.0)
+    assert "factor gradients" in wrong(selfcheck.check("triton", "cpu", True))
