@@ -106,11 +106,6 @@ def packages():
         yield package
         yield from (f"{package}.{name}" for name in find_packages(folder))
 
-<<<<<<< ours
-=======
-PACKAGES = ["snell", "snell.backends", "snell.cli", "snell.kernels", "snell.peft"]
-PACKAGES += ["snell.bench", "snell.bench.experiments", "snell.bench.paper"]
->>>>>>> theirs
 
 setup(
     packages=list(packages()),
