@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from snell import reference
+from snell import backends, reference
 from snell.update import Update
 
 
@@ -95,6 +95,11 @@ _ROWS: dict[str, Callable[[list[_Statistic], Tensor, float], _Scalar]] = {
 }
 
 
+#: Share of G that the Triton kernels' factor gradients may lose where G comes in half precision: their products are
+#: tf32 products, on a GPU and interpreted, of operands rounded to within 2^-11 (derived in ``kernels/factor_grad.py``).
+TF32_ERROR = 2**-10
+
+
 @dataclass(frozen=True)
 class Expected:
     """The results of an update's operations in float64, and the error bounds of a backend's.
@@ -167,13 +172,23 @@ class Expected:
         return value, rounded(value, bound, dtype)
 
     def gradients(self, G: Tensor, G_error: Tensor | float = 0.0) -> dict[str, tuple[Tensor, Tensor]]:
-        """Gradients of A, B and theta for G, in float64, and their bounds."""
+        """Gradients of A, B and theta for G, in float64, and their bounds.
+
+        Args:
+            G_error: bound on the G that the backend has, beside this one.
+        """
+        G_error = G_error + self.tf32_error(G.dtype) * G.double().abs()
         *factors, tau, spec = self.exact
         A, B, theta = leaves = tuple(t.clone().requires_grad_() for t in factors)
         merged = reference.merge(A, B, theta, tau, kernel=spec.kernel, groups=spec.groups, gate=spec.gate)
         values = torch.autograd.grad(merged, leaves, G.double(), materialize_grads=True, allow_unused=True)
         names = ("grad_A", "grad_B", "grad_theta")
         return dict(zip(names, zip(values, self._gradient_bounds(G.double(), G_error), strict=True), strict=True))
+
+    def tf32_error(self, dtype: torch.dtype) -> float:
+        """The share of a G of this dtype that the backend's products may lose."""
+        rounds = dtype.itemsize == 2 and backends.of(self.update.A).name == "triton"
+        return TF32_ERROR if rounds else 0.0
 
     def _gradient_bounds(self, G: Tensor, G_error: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
         A, B, theta, _, spec = self.exact
@@ -205,13 +220,8 @@ class Expected:
         return error.sum() + growth(terms.numel()) * self.eps * terms.sum() + _tiny(self.update.A.dtype)
 
 
-#: Share of G by which a GPU's factor gradients may take it wrong where G comes in half precision: their products are
-#: tf32 products of operands rounded to within 2^-11 (``kernels/factor_grad.py`` has the derivation).
-TF32_ERROR = 2**-10
-
-
 def layer(
-    expected: Expected, x: Tensor, weight: Tensor | None, bias: Tensor | None, grad_y: Tensor, tf32_error: float = 0.0
+    expected: Expected, x: Tensor, weight: Tensor | None, bias: Tensor | None, grad_y: Tensor
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """y and the gradients of the layer in float64, with bounds that combine the update's and the GEMMs'.
 
@@ -220,7 +230,6 @@ def layer(
         x, grad_y: ``[..., n]`` and ``[..., m]``; results are ``[tokens, n]`` and ``[tokens, m]``.
         weight: ``[m, n]``, or None for the update's share alone, ``x dW^T``.
         bias: ``[m]`` or None.
-        tf32_error: what G's entries may be off by, as a share of them, beyond the rounding of its GEMM.
     """
     dtype, eps = x.dtype, torch.finfo(x.dtype).eps
     (m, n), tokens = expected.update.shape, x.numel() // x.shape[-1]
@@ -237,7 +246,7 @@ def layer(
         y, y_error = y + bias.double(), y_error + single * (y.abs() + bias.double().abs())
     grad_x, grad_x_error = product(grad_y, merged, merged_error, m)
     G, G_error = product(grad_y.T, x, torch.zeros_like(x), tokens)
-    G_error = rounded(G, G_error, dtype) + tf32_error * G.abs()
+    G_error = rounded(G, G_error, dtype) + expected.tf32_error(dtype) * G.abs()
     return {
         "y": (y, rounded(y, y_error, dtype)),
         "grad_x": (grad_x, rounded(grad_x, grad_x_error, dtype)),

@@ -12,7 +12,7 @@ from snell import backends, functional
 from snell.kernel_functions import KERNEL_FUNCTIONS
 from snell.spec import GATES, Spec
 from snell.testing import bounds
-from snell.testing.bounds import TF32_ERROR, Expected, share_of_bound
+from snell.testing.bounds import Expected, share_of_bound
 from snell.update import Gradients
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -79,12 +79,6 @@ class Case:
         magnitudes = self.expected.K().abs().flatten()
         return magnitudes.kthvalue(self.k).values if self.k else magnitudes.new_zeros(())
 
-    @property
-    def tf32_error(self) -> float:
-        """The Triton kernels round to tf32 where G comes in half precision, on a GPU and interpreted."""
-        serving = backends.of(self.update.A).name
-        return TF32_ERROR if serving == "triton" and self.G.element_size() == 2 else 0.0
-
     def merge(self, weight: Tensor | None = None, *, ungated: bool = False) -> Tensor:
         """dW, or weight + dW, by the backend in use; K itself if ``ungated``."""
         spec = Spec(RANK, 0.0, self.spec.kernel, GROUPS).applied if ungated else self.update.spec
@@ -105,7 +99,7 @@ class Case:
         y = functional.linear(x, weight, bias, update)
         y.backward(grad_y)
         actual = {"y": y, "grad_x": x.grad, "grad_A": A.grad, "grad_B": B.grad, "grad_theta": theta.grad}
-        expected = bounds.layer(self.expected, x.detach(), weight, bias, grad_y, self.tf32_error)
+        expected = bounds.layer(self.expected, x.detach(), weight, bias, grad_y)
         return {name: share_of_bound(_present(actual[name]), *pair) for name, pair in expected.items()}
 
 
@@ -140,7 +134,7 @@ def _factor_gradients(case: Case) -> float:
     backends.of(case.update.A).factor_grad(case.G, case.update, grads, case.weight, merged)
     if not merged.equal(case.merge(case.weight)):
         return torch.inf
-    expected = case.expected.gradients(case.G, case.tf32_error * case.G.double().abs())
+    expected = case.expected.gradients(case.G)
     return max(share_of_bound(grad, *pair) for grad, pair in zip(grads, expected.values(), strict=True))
 
 

@@ -16,7 +16,6 @@ from torch.utils.checkpoint import checkpoint
 from cases import cases
 from snell import SnellLinear, backends, functional
 from snell.spec import Spec
-from snell.testing.bounds import TF32_ERROR, Expected
 from snell.update import Gradients
 
 pytestmark = pytest.mark.gpu
@@ -34,17 +33,10 @@ globals().update(
 
 @pytest.fixture(autouse=True)
 def _tensors_on_the_gpu(monkeypatch):
-    exact_gradients = Expected.gradients
-
-    def gradients(self, G, G_error=0.0):
-        half = G.element_size() == 2
-        return exact_gradients(self, G, G_error + TF32_ERROR * G.double().abs() if half else G_error)
-
     def of_one_rank(small, *gates):
         # Every rank, group and kernel function is code of its own: one rank, or the compiler takes the hour.
         return cases(small, *gates).map(lambda c: replace(c, m=7 * c.m, n=7 * c.n, groups=2, per_group=4))
 
-    monkeypatch.setattr(Expected, "gradients", gradients)
     monkeypatch.setattr(test_operations, "cases", of_one_rank)
     with torch.device("cuda"):
         yield

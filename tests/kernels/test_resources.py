@@ -23,11 +23,9 @@ KERNELS = {
     "add_shares_kernel",
     "few_tokens_kernel",
     "add_splits_kernel",
-    "fingerprint_kernel",
-    "sample_kernel",
     "bracket_kernel",
     "count_kernel",
-    "choose_kernel",
+    "verify_kernel",
 }
 
 

@@ -7,7 +7,7 @@ import torch
 
 from snell import backends, blocks, native
 from snell.backends.blocked import BlockedBackend
-from snell.testing import cases, selfcheck
+from snell.testing import bounds, cases, selfcheck
 from snell.testing.selfcheck import Checked
 
 TRITON = backends.AVAILABLE.get("triton")
@@ -112,5 +112,5 @@ def test_half_precision_gradients_of_the_kernels_need_the_bound_of_tf32(monkeypa
     halves = [cases.Setting("linear", "hard", torch.bfloat16), cases.Setting("rbf", "soft", torch.float16)]
     monkeypatch.setattr(selfcheck, "settings", lambda thinned: halves)
     assert wrong(selfcheck.check("triton", "cpu", True)) == set()
-    monkeypatch.setattr(cases, "TF32_ERROR", 0.0)
+    monkeypatch.setattr(bounds, "TF32_ERROR", 0.0)
     assert "factor gradients" in wrong(selfcheck.check("triton", "cpu", True))
