@@ -19,60 +19,17 @@ import tempfile
 import time
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
-from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).with_name("results.json")
 sys.dont_write_bytecode = True  # a source changed twice within a second would keep the first's bytecode
 sys.path.insert(0, str(Path(__file__).parent))
-os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+# Triton reads whether it is interpreted when it is imported, which is here.
+os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "TRITON_INTERPRET": "1"}
 os.environ.setdefault("SNELL_TEST_SEED", "1")
 
 import changes  # noqa: E402
-
-
-class Group(NamedTuple):
-    """Files, how many changes of each, and the tests that must notice them."""
-
-    files: tuple[str, ...]
-    number: int
-    tests: tuple[str, ...]
-    keyword: str = ""
-    interpreted: bool = False
-
-
-OPERATIONS = ("tests/backends/test_operations.py", "tests/test_functional.py", "tests/test_blocks.py")
-LAYER = ("tests/test_linear.py", "tests/test_linear_modes.py", "tests/test_linear_state.py", "tests/test_precision.py",
-         "tests/test_half_precision_sums.py")  # fmt: skip
-COMPETITION = ("tests/competition", "tests/backends/test_cpu.py")
-DISPATCH = ("tests/backends/test_dispatch.py", "tests/backends/test_workspaces.py")
-ERRORS = ("tests/test_spec.py", "tests/test_functional_errors.py", "tests/test_reference.py", "tests/test_precision.py")
-TRITON = ("tests/kernels/test_select.py", "tests/backends/test_triton.py")
-ON_TRITON = "not blocked and not cpu"
-
-GROUPS = (
-    Group(("snell/spec.py", "snell/kernel_functions.py", "snell/reference.py", "snell/precision.py"), 8,
-          (*ERRORS, *LAYER[:3], "tests/test_golden.py")),
-    Group(("snell/functional.py", "snell/update.py"), 12, (*ERRORS, *OPERATIONS[1:], *LAYER)),
-    Group(("snell/blocks.py", "snell/ops.py", "snell/merging.py"), 16, (*OPERATIONS, *LAYER, *COMPETITION)),
-    Group(("snell/linear.py", "snell/initial.py"), 10, (*LAYER, "tests/test_initial.py", "tests/test_golden.py")),
-    Group(("snell/backends/__init__.py", "snell/backends/base.py", "snell/backends/blocked.py", "snell/backends/cpu.py",
-           "snell/backends/layout.py"), 7, (*DISPATCH, *OPERATIONS, *COMPETITION, "tests/test_native.py", *LAYER)),
-    Group(("snell/native.py",), 8, ("tests/test_native.py", *OPERATIONS[:1], *COMPETITION)),
-    Group(("snell/competition/memo.py", "snell/competition/radix.py", "snell/competition/thresholds.py"), 7,
-          (*COMPETITION, *OPERATIONS[:2])),
-    Group(("csrc/cpu/select.cpp", "csrc/cpu/factor_grad.cpp", "csrc/cpu/tiles.h", "csrc/cpu/kappa.h"), 10,
-          (*OPERATIONS[:2], *COMPETITION, "tests/test_native.py"), "not blocked"),
-    Group(("csrc/cpu/merge.cpp", "csrc/cpu/merge.h", "csrc/cpu/simd.h", "csrc/cpu/library.cpp"), 5,
-          (*OPERATIONS[:2], *COMPETITION, "tests/test_native.py"), "not blocked"),
-    Group(("snell/competition/held.py", "snell/competition/together.py", "snell/backends/triton.py"), 5,
-          (*TRITON, *COMPETITION[:1]), ON_TRITON, True),
-    Group(("kernels/select.py", "kernels/count.py", "kernels/selection.py", "kernels/fingerprint.py"), 5,
-          (*TRITON, *OPERATIONS[:1]), ON_TRITON, True),
-    Group(("kernels/merge.py", "kernels/kappa.py", "kernels/factor_grad.py", "kernels/few_tokens.py",
-           "kernels/launch.py"), 5, (*OPERATIONS, *TRITON[1:]), ON_TRITON, True),
-    Group(("snell/competition/processes.py", "snell/distributed.py"), 5, ("tests/distributed",)),
-)  # fmt: skip
+from subjects import GROUPS, Group  # noqa: E402
 
 FLAGS = "-std=c++17 -O1 -fopenmp -fvisibility=hidden -fno-math-errno -ffp-contract=off -fPIC -w -DSNELL_ISA=base"
 SIMD = ("merge", "select", "factor_grad")
@@ -257,6 +214,7 @@ def main() -> None:
                         failed, took = run_tests(copy, group._replace(tests=new, keyword=""), None, 0, 1200)
                         if failed is not None:
                             print(f"left out, as it fails on the code as it is: {failed} (and perhaps more)")
+                        print(f"{len(took)} tests pass", flush=True)
                         timed |= {(test, group.interpreted) for test in new}
                         durations |= took
                     began = time.monotonic()
