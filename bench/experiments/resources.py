@@ -57,6 +57,10 @@ def resources(compiled: Any) -> dict[str, int]:
     return {"registers": usage["REG"], "stack": usage["STACK"], "local": usage["LOCAL"], **shared}
 
 
+#: Multiprocessors of an A100, an H100 and a B200: plans of launches go by them.
+PROCESSORS = {80: 108, 90: 132, 100: 148}
+
+
 def launches(call: Callable[[], object], arch: int, seen: set[str]) -> Iterator[dict[str, Any]]:
     """The resources of every kernel that ``call`` would launch on ``arch``, but for those in ``seen``."""
     found: list[dict[str, Any]] = []
@@ -72,7 +76,8 @@ def launches(call: Callable[[], object], arch: int, seen: set[str]) -> Iterator[
             found.append(facts | resources(compiled))
 
     driver.set_active(_Target(arch))
-    with mock.patch.object(launch, "run", run), mock.patch.object(launch, "row", lambda name, _: TABLE[arch][name]):
+    here = {"run": run, "row": lambda name, _: TABLE[arch][name], "num_processors": lambda _: PROCESSORS[arch]}
+    with mock.patch.multiple(launch, **here):
         call()
     yield from found
 
