@@ -26,7 +26,7 @@ from triton.runtime import driver
 from snell.bench import core
 from snell.bench.core import Update
 from snell.bench.report import Cell, Columns, Document, table
-from snell.kernels import launch
+from snell.kernels import launch, rectangles
 from snell.kernels.table import TABLE, Row
 from snell.spec import Spec
 
@@ -103,6 +103,9 @@ def kernels(arch: int) -> Iterator[dict[str, Any]]:
             # select and verify know no weight.
             if operation not in ("select", "verify") or (rank, dtype) != (32, torch.float32):
                 yield from launches(calls[operation], arch, seen)
+        # Shares that a kernel of their own adds, as for blocks larger than this.
+        with mock.patch.object(rectangles, "adds", return_value=False):
+            yield from launches(calls["factor_grad"], arch, seen)
 
 
 def measure(arch: Sequence[str]) -> dict[str, Any]:
