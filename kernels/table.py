@@ -40,8 +40,8 @@ _ROWS = {
 
 #: sm_80 and sm_90 share rows until a machine of each says otherwise: their register files are equal (64 k a
 #: multiprocessor, 255 a thread) and no kernel needs more shared memory than the smaller (163 KiB) has. factor_grad's
-#: tiles are halved on sm_80, where 64 rows spill a few bytes. They are halved on sm_100 too, where a tile of 64 rows gets
-#: its matrix instruction from tensor memory, whose moves spill.
+#: tiles are halved on sm_80, where 64 rows spill a few bytes. They are halved on sm_100 too, where a tile of 64 rows
+#: gets its matrix instruction from tensor memory, whose moves spill.
 TABLE: dict[int, dict[str, Row]] = {
     80: {**_ROWS, "factor_grad": Row(32, 64, 8)},
     90: dict(_ROWS),

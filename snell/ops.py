@@ -185,13 +185,13 @@ def _forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, update: Upda
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, *update):
-        update = Update(*update)
-        _, need_weight, _, *need_factors = ctx.needs_input_grad[:6]
+    def forward(ctx, x, weight, bias, A, B, theta, tau, spec):
+        _, need_weight, _, need_A, need_B, need_theta = ctx.needs_input_grad[:6]
         # Only the gradients of the factors and the weight need x: a layer that trains neither keeps no activation.
-        ctx.save_for_backward(x if need_weight or any(need_factors) else None, weight, *update[:4])
-        ctx.spec = update.spec
-        return _forward(x, weight, bias, update)
+        kept_x = x if need_weight or need_A or need_B or need_theta else None
+        ctx.save_for_backward(kept_x, weight, A, B, theta, tau)
+        ctx.spec = spec
+        return _forward(x, weight, bias, Update(A, B, theta, tau, spec))
 
     @staticmethod
     def backward(ctx, grad_y):
@@ -200,27 +200,43 @@ class _Linear(torch.autograd.Function):
 
 
 def _linear_gradients(ctx, grad_y):
-    x, weight, *update = ctx.saved_tensors
-    update = Update(*update, ctx.spec)
-    need_x, need_weight, need_bias, *need_each = ctx.needs_input_grad[:6]
-    needs = Needs(need_x, need_weight, need_bias, any(need_each))
+    x, weight, A, B, theta, tau = ctx.saved_tensors
+    update = Update(A, B, theta, tau, ctx.spec)
+    need_x, need_weight, need_bias, need_A, need_B, need_theta = ctx.needs_input_grad[:6]
+    needs = Needs(need_x, need_weight, need_bias, need_A or need_B or need_theta)
     if _nothing_listens(grad_y):
         found = blocks.linear_backward(grad_y, x, weight, update, needs)
     else:
         with torch._C._AutoDispatchBelowAutograd():
             found = torch.ops.snell.linear_backward.default(grad_y, x, weight, list(needs), *_flat(update))
     rest = iter(found)
-    grads = [next(rest) if need else None for need in needs[:3]]
-    factors = found[-3:] if needs.factors else (None,) * 3
-    return *grads, *(grad if need else None for grad, need in zip(factors, need_each, strict=True)), None, None
+    grad_A, grad_B, grad_theta = found[-3:] if needs.factors else (None, None, None)
+    return (
+        next(rest) if need_x else None,
+        next(rest) if need_weight else None,
+        next(rest) if need_bias else None,
+        grad_A if need_A else None,
+        grad_B if need_B else None,
+        grad_theta if need_theta else None,
+        None,
+        None,
+    )
 
 
 _refuse_twice = once_differentiable(_linear_gradients)
 
 
 def _autograd(x: Tensor, weight: Tensor | None, bias: Tensor | None, update: Update) -> Tensor:
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, *update[:3])):
-        return _Linear.apply(x, weight, bias, *update)
+    A, B, theta, tau, spec = update
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or A.requires_grad
+        or B.requires_grad
+        or theta.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+    ):
+        return _Linear.apply(x, weight, bias, A, B, theta, tau, spec)
     return _forward(x, weight, bias, update)
 
 

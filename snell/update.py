@@ -60,7 +60,13 @@ class Gradients(NamedTuple):
     @classmethod
     def zeros(cls, update: Update) -> Gradients:
         """Zeros, contiguous whatever the factors' own layout."""
-        return cls(*(torch.zeros_like(t, memory_format=torch.contiguous_format) for t in update[:3]))
+        A, B, theta, _, _ = update
+        layout = torch.contiguous_format
+        return cls(
+            torch.zeros_like(A, memory_format=layout),
+            torch.zeros_like(B, memory_format=layout),
+            torch.zeros_like(theta, memory_format=layout),
+        )
 
     def with_columns(self, A: Tensor) -> Gradients:
         """The same with A's gradient replaced by ``A``, that of a block of columns."""

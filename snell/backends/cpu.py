@@ -39,24 +39,24 @@ class CpuBackend(Backend):
 
     def prepare(self, update: Update) -> Update:
         A, B, theta, tau, spec = update
+        if A.is_contiguous() and B.is_contiguous() and theta.is_contiguous():
+            return update
         return Update(A.contiguous(), B.contiguous(), theta.contiguous(), tau, spec)
 
     def merge(self, update: Update, weight: Tensor | None, out: Tensor) -> None:
-        transposed = is_transposed(out)
-        update = update.transposed() if transposed else update
-        weight = None if weight is None else row_major(weight, transposed)
-        native.merge(self.prepare(update), weight, out.t() if transposed else out)
+        if is_transposed(out):
+            return self.merge(update.transposed(), None if weight is None else weight.t(), out.t())
+        native.merge(self.prepare(update), None if weight is None else row_major(weight), out)
 
     def factor_grad(
         self, G: Tensor, update: Update, grads: Gradients, weight: Tensor | None = None, merged: Tensor | None = None
     ) -> None:
         G = readable(G)
-        transposed = is_transposed(G if merged is None else merged)
-        if transposed:
-            update, grads = update.transposed(), Gradients(grads.B, grads.A, grads.theta)
-            merged = None if merged is None else merged.t()
-        weight = None if weight is None else row_major(weight, transposed)
-        native.factor_grad(self.prepare(update), grads, row_major(G, transposed), weight, merged)
+        if is_transposed(G if merged is None else merged):
+            others = (None if matrix is None else matrix.t() for matrix in (weight, merged))
+            return self.factor_grad(G.t(), update.transposed(), Gradients(grads.B, grads.A, grads.theta), *others)
+        weight = None if weight is None else row_major(weight)
+        native.factor_grad(self.prepare(update), grads, row_major(G), weight, merged)
 
     def factor_grad_of_tokens(
         self, grad_y: Tensor, x: Tensor, update: Update, grads: Gradients, *, always: bool = False

@@ -33,8 +33,6 @@ def is_transposed(lead: Tensor) -> bool:
     return True
 
 
-def row_major(matrix: Tensor, transposed: bool) -> Tensor:
-    """The matrix, or its transpose, with contiguous rows and any stride between them; copied if needed."""
-    if transposed:
-        matrix = matrix.t()
+def row_major(matrix: Tensor) -> Tensor:
+    """The matrix with contiguous rows and any stride between them; copied where it has none."""
     return matrix if _has_rows(matrix) else matrix.contiguous()

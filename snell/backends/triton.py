@@ -35,6 +35,7 @@ class TritonBackend(Backend):
     ) -> None:
         factor_grad.factor_grad(G, update, grads, weight, merged)
 
+    @torch.no_grad()
     def select(self, A: Tensor, B: Tensor, theta: Tensor, spec: Spec, k: int) -> Tensor:
         taus, _ = selection.select_thresholds([(A, B, theta, spec)])
         return taus.squeeze(0)

@@ -38,12 +38,12 @@ def select(A: Tensor, B: Tensor, theta: Tensor, spec: Spec) -> Tensor:
     return memo.remember(key, lambda: _select(backend, A, B, theta, spec, k))
 
 
-@torch.no_grad()
 def _select(backend: Backend, A: Tensor, B: Tensor, theta: Tensor, spec: Spec, k: int) -> Tensor:
     tau = backend.select(A, B, theta, spec, k)
     return count(backend, A, B, theta, spec, k) if tau is None else tau
 
 
+@torch.no_grad()
 def count(
     backend: Backend,
     A: Tensor,
