@@ -30,7 +30,7 @@ def pages() -> list[Path]:
 def module_of(name: str) -> Any:
     """The module whose ``report``, ``brief`` and ``draw`` show a results file."""
     commands = {key: module for rows in (COMMANDS | BENCHMARKS).values() for key, (module, _) in rows.items()}
-    return importlib.import_module(commands.get(re.sub("-(cpu|cuda|minilm)$", "", name), "snell.bench.report"))
+    return importlib.import_module(commands.get(re.sub("-(cpu|cuda|minilm|xeon)$", "", name), "snell.bench.report"))
 
 
 def rendered(text: str) -> str:
