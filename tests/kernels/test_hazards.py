@@ -7,8 +7,9 @@ import torch
 from launching import parameters, recorded
 from torch import nn
 
-from snell import SnellLinear, blocks, refresh_thresholds
+from snell import SnellLinear, backends, blocks, functional, refresh_thresholds
 from snell.kernels import fingerprint, launch
+from snell.update import Gradients
 
 pytestmark = pytest.mark.usefixtures("on_triton")
 
@@ -34,9 +35,16 @@ def test_no_tensor_is_made_on_the_default_device(kernel, tokens):
     """A factory call that names no device makes a tensor of another device than the factors'."""
     groups = 2 if kernel == "piecewise_linear" else 1
     layer, x = layer_and_input(tokens, kernel=kernel, groups=groups)
+    G = torch.randn(40, 70)
     with torch.device("meta"):
         refresh_thresholds(nn.Sequential(layer, layer_and_input()[0]))
         found = step(layer, x)
+        # Directly too: Tensor.backward runs outside the context, so a step's backward pass does not see it.
+        with torch.no_grad():
+            update = functional.update(layer.snell_A, layer.snell_B, layer.snell_theta, layer.spec)
+            grads = Gradients.zeros(update)
+            backends.of(update.A).factor_grad(G, update, grads)
+        found += grads
         with torch.no_grad():
             found.append(layer(x))
     assert all(t.device == CPU for t in found)
