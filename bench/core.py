@@ -14,7 +14,7 @@ from snell.blocks import block_length
 from snell.competition import forget
 from snell.initial import draw
 from snell.spec import Spec
-from snell.update import Gradients, Update
+from snell.update import Activations, Gradients, Update
 
 __all__ = ["Gradients", "Update", "block_length", "draw", "forget"]
 
@@ -67,9 +67,13 @@ def worth_taking_survivors(tokens: int, entries: int, survivors: float) -> bool:
 num_slabs = cpu.num_slabs
 
 
-def survivors_grad_of_slab(grad_y: Tensor, x: Tensor, update: Update, grads: Gradients) -> None:
-    """The gradients from one slab of tokens, transposed: ``grad_y [m, T]`` and ``x [n, T]``."""
-    native.factor_grad_of_tokens(update, grads, grad_y, x)
+#: ``grad_y [T, m]`` and ``x [T, n]`` transposed, as :func:`survivors_grad` takes them.
+activations = native.activations
+
+
+def survivors_grad(of: Activations, update: Update, grads: Gradients, weight: Tensor, merged: Tensor) -> None:
+    """The gradients from one slab of tokens, and weight + dW in the same pass."""
+    native.factor_grad(update, grads, of, weight, merged)
 
 
 def kernel_calls(update: Update, dtype: torch.dtype, columns: int | None = None) -> dict[str, Callable[[], Any]]:

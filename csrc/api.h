@@ -19,7 +19,9 @@ struct SnellMatrix {
   int32_t dtype;
 };
 
-// Activations, contiguous and in the update's dtype: grad_y [m, tokens] and x [n, tokens], with G = grad_y x^T.
+// Activations, contiguous and in the update's dtype: grad_y [m, tokens] and x [n, tokens], with G = grad_y x^T. Both are
+// padded with zeros to a multiple of SNELL_TOKENS tokens, so that rows are whole vectors.
+enum : int32_t { SNELL_TOKENS = 16 };
 struct SnellTokens {
   const void *grad_y, *x;
   int64_t tokens;

@@ -121,27 +121,29 @@ def linear_backward(
     grads = Gradients.zeros(update) if needs.factors else None
     backend = backends.of(update.A)
     x2 = None if x is None else _as_matrix(x, n)
-    through_G = grads
+    products = None
     if grads is not None and x2 is not None and not needs.weight:
-        through_G = None if backend.factor_grad_of_tokens(dy, x2, update, grads) else grads
-    need_G = needs.weight or through_G is not None
-    if need_G or needs.x:
+        products = backend.factor_grad_of_tokens(dy, x2, update, grads)
+    need_G = needs.weight or (grads is not None and products is None)
+    if grads is not None or needs.weight or needs.x:
         cols = block_length(m * dy.element_size(), n, dy.device.type)
         update = backend.prepare(update)
         workspace = dy.new_empty(m * cols)
         dx = None if grad_x is None else _as_matrix(grad_x, n)
-        dA = None if through_G is None else through_G.A
-        for A_block, W_block, x_block, dx_block, dW_block, dA_block in _blocks(
-            cols, n, (update.A, 0), (weight, 1), (x2 if need_G else None, 1), (dx, 1), (grad_weight, 1), (dA, 0)
+        matrices = (weight, 1), (x2 if need_G else None, 1), (dx, 1), (grad_weight, 1)
+        lines = (None if grads is None else grads.A, 0), (None if products is None else products.x, 0)
+        for A_block, W_block, x_block, dx_block, dW_block, dA_block, products_block in _blocks(
+            cols, n, (update.A, 0), *matrices, *lines
         ):
             block, part = _block(workspace, weight, m, A_block.shape[0]), update.with_columns(A_block)
             if need_G:
                 torch.mm(dy.t(), x_block, out=block)
             if dW_block is not None:
                 dW_block.copy_(block)
-            if through_G is not None:
+            if grads is not None:
+                G = block if products is None else products.with_columns(products_block)
                 merged = (W_block, block) if needs.x else (None, None)
-                backend.factor_grad(block, part, through_G.with_columns(dA_block), *merged)
+                backend.factor_grad(G, part, grads.with_columns(dA_block), *merged)
             elif needs.x:
                 backend.merge(part, W_block, block)
             if dx_block is not None:

@@ -15,11 +15,15 @@ import torch
 from torch import Tensor
 
 from snell.spec import Spec
-from snell.update import Gradients, Update
+from snell.update import Activations, Gradients, Update
 
 PATH = Path(__file__).with_name("_native.so")
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+#: Activations are padded to a multiple of this many tokens (SNELL_TOKENS).
+TOKENS = 16
 
 
 class _Update(Structure):
@@ -63,6 +67,8 @@ def _declare(library: ctypes.CDLL) -> None:
     matrix = POINTER(_Matrix)
     gradients = [c_void_p] * 3
     library.snell_factor_grad.argtypes = [POINTER(_Update), matrix, POINTER(_Tokens), matrix, matrix, *gradients]
+    library.snell_transpose.argtypes = [matrix, c_int64, c_int64, c_void_p, c_int32]
+    library.snell_transpose.restype = None
     library.snell_fingerprint.argtypes = [c_int, POINTER(c_void_p), POINTER(c_int64), POINTER(c_uint64)]
     library.snell_fingerprint.restype = None
 
@@ -156,29 +162,36 @@ def merge(update: Update, weight: Tensor | None, out: Tensor) -> None:
     _check(_library.snell_merge(byref(_struct(*update)), byref(_matrix(weight)), byref(_matrix(out))))
 
 
-def factor_grad(update: Update, grads: Gradients, G: Tensor, weight: Tensor | None, merged: Tensor | None) -> None:
-    """Add to the gradients, contiguous and of the factors' dtype; write weight + dW into ``merged``."""
-    G_matrix = _matrix(G)
-    matrices = G_matrix, _NO_TOKENS, _matrix(weight), G_matrix if merged is G else _matrix(merged)
-    _factor_grad(update, grads, *matrices)
-
-
-def factor_grad_of_tokens(update: Update, grads: Gradients, grad_y: Tensor, x: Tensor) -> None:
-    """As :func:`factor_grad`, with G computed for survivors alone.
-
-    Args:
-        grad_y, x: ``[m, T]`` and ``[n, T]``, contiguous and of the factors' dtype.
-    """
-    tokens = _Tokens(grad_y.data_ptr(), x.data_ptr(), x.shape[1])
-    _factor_grad(update, grads, _NO_MATRIX, tokens, _NO_MATRIX, _NO_MATRIX)
-
-
-def _factor_grad(
-    update: Update, grads: Gradients, G: _Matrix, tokens: _Tokens, weight: _Matrix, merged: _Matrix
+def factor_grad(
+    update: Update, grads: Gradients, G: Tensor | Activations, weight: Tensor | None, merged: Tensor | None
 ) -> None:
+    """Add to the gradients, contiguous and of the factors' dtype; write weight + dW into ``merged``.
+
+    From activations, G is computed for survivors only.
+    """
     assert _library is not None
-    inputs = byref(_struct(*update)), byref(G), byref(tokens), byref(weight), byref(merged)
+    if isinstance(G, Activations):
+        source, tokens = _NO_MATRIX, _Tokens(G.grad_y.data_ptr(), G.x.data_ptr(), G.x.shape[1])
+    else:
+        source, tokens = _matrix(G), _NO_TOKENS
+    out = source if merged is G else _matrix(merged)
+    inputs = byref(_struct(*update)), byref(source), byref(tokens), byref(_matrix(weight)), byref(out)
     _check(_library.snell_factor_grad(*inputs, grads.A.data_ptr(), grads.B.data_ptr(), grads.theta.data_ptr()))
+
+
+def activations(grad_y: Tensor, x: Tensor) -> Activations:
+    """Those of ``grad_y [T, m]`` and ``x [T, n]``, of the factors' dtype."""
+    return Activations(_transposed(grad_y), _transposed(x))
+
+
+def _transposed(matrix: Tensor) -> Tensor:
+    # torch's own transposing copy takes several times as long.
+    assert _library is not None
+    matrix = matrix if matrix.stride(1) == 1 else matrix.contiguous()
+    rows, columns = matrix.shape
+    out = matrix.new_empty(columns, -(-rows // TOKENS) * TOKENS)
+    _library.snell_transpose(byref(_matrix(matrix)), rows, columns, _address(out), torch.get_num_threads())
+    return out
 
 
 def density(update: Update, samples: int) -> float:

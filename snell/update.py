@@ -9,7 +9,7 @@ from torch import Tensor
 
 from snell.spec import Spec
 
-__all__ = ["Gradients", "Parameters", "Update"]
+__all__ = ["Activations", "Gradients", "Parameters", "Update"]
 
 #: A layer's ``A [n, r]``, ``B [m, r]`` and ``theta [t]``, and the settings of its update.
 Parameters = tuple[Tensor, Tensor, Tensor, Spec]
@@ -71,3 +71,22 @@ class Gradients(NamedTuple):
     def with_columns(self, A: Tensor) -> Gradients:
         """The same with A's gradient replaced by ``A``, that of a block of columns."""
         return Gradients(A, self.B, self.theta)
+
+
+class Activations(NamedTuple):
+    """What G is the product of, transposed: ``G_ij = grad_y_i . x_j``. Contiguous, of the factors' dtype.
+
+    Attributes:
+        grad_y: ``[m, T]``.  x: ``[n, T]``. A backend may pad T with zeros.
+    """
+
+    grad_y: Tensor
+    x: Tensor
+
+    def with_columns(self, x: Tensor) -> Activations:
+        """Those of a block of G's columns, given by ``x``."""
+        return Activations(self.grad_y, x)
+
+    def t(self) -> Activations:
+        """Those of G^T."""
+        return Activations(self.x, self.grad_y)

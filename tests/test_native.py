@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from snell import native
+from snell import functional, native
 from snell.kernel_functions import KERNEL_FUNCTIONS
 from snell.spec import GATES, Spec
 from snell.testing.bounds import Expected, assert_within
@@ -213,3 +213,40 @@ def test_threads_share_out_the_gradients_without_a_loss(kernel: str, dtype, rank
     assert not shared.A.equal(alone.A), "dA was summed in the order of one thread"
     for grad, (name, pair) in zip(shared, Expected(update).gradients(G).items(), strict=True):
         assert_within(grad, *pair, name)
+
+
+def _near_pairs(offset: float, spread: float, size: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factors of which many rows nearly coincide: a common row, and differences of ``spread`` of it."""
+    row = torch.randn(32) * offset
+    return tuple(size * (row + spread * torch.randn(count, 32)) for count in (83, 61))
+
+
+@pytest.mark.parametrize("kernel, groups", [("piecewise_linear", 2), ("piecewise_linear", 1), ("rbf", 1)])
+@pytest.mark.parametrize(
+    "offset, spread, size",
+    [(0, 1, 1), (1, 0.3, 1), (1, 1e-3, 1), (1, 1e-6, 1), (100, 1, 0.01), (0, 1, 1e-18), (0, 1, 1e-25), (0, 1, 1e15)],
+)
+def test_distances_lose_nothing_where_norms_and_products_cancel(kernel, groups, offset, spread, size) -> None:
+    A, B = _near_pairs(offset, spread, size)
+    A[3], B[5] = B[2], 0  # an exact match, and a row of zeros
+    spec = Spec(32, 0.0, kernel, groups)
+    theta = torch.tensor([1.0, -1.0][:groups] if kernel == "piecewise_linear" else [1.0, 1.0, -1.0])
+    update = Update(A, B, theta, torch.zeros(()), spec.applied)
+    expected = Expected(update)
+    K = functional.dense(update)
+    # Squares of 1e-25 are denormal: their error is absolute.
+    assert_within(K, expected.K(), expected.K_error() + 32 * 2**-74, "K")
+    if kernel == "piecewise_linear" and groups == 1:
+        assert K[2, 3] == 0
+
+
+def test_an_entry_does_not_depend_on_its_tile() -> None:
+    """Near pairs take another sum than their neighbours. It must not matter where the tile begins."""
+    A, B = _near_pairs(1, 0.3, 1)
+    A[::7] = torch.randn(12, 32)
+    update = Update(A, B, torch.tensor([1.0, -0.7]), torch.zeros(()), Spec(32, 0.0, "piecewise_linear", 2).applied)
+    whole = functional.dense(update)
+    for row, column in ((0, 1), (1, 0), (2, 17), (57, 33)):
+        part = functional.dense(Update(A[column:].contiguous(), B[row:].contiguous(), *update[2:]))
+        assert part.equal(whole[row:, column:])
+    assert functional.dense(update.transposed()).equal(whole.t())

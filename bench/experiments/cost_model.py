@@ -73,7 +73,8 @@ def work_of(point: Point, products: bool) -> dict[str, float]:
         # x W^T, dY^T X and dY W; the pass that turns G into gradients leaves W0 + dW for the last.
         return work | {"gemm": 6 * entries * tokens, "merge": entries, "fused": entries, "fused move": survivors}
     slabs = core.num_slabs(tokens, m, n, torch.float32.itemsize)
-    work |= {"gemm": 4 * entries * tokens, "merge": 2 * entries, "list": slabs * entries}
+    # The last slab's pass leaves W0 + dW.
+    work |= {"gemm": 4 * entries * tokens, "merge": entries, "list": slabs * entries}
     return work | {"move": slabs * survivors, "product": tokens * survivors, "transpose": (m + n) * tokens}
 
 
@@ -86,16 +87,18 @@ def predicted_bytes(point: Point, products: bool, element_size: int, device: str
     """What a step should hold for activations of ``element_size`` bytes and float32 factors.
 
     ``saved``: kept for backward beyond parameters, every layer's x and tau. ``outputs``: of the extra peak, outputs of
-    every layer, the gradient of x and of the factors. ``workspace``: the rest, a block of W0 + dW or a slab of
-    transposed activations, whichever is more.
+    every layer, the gradient of x and of the factors. ``workspace``: the rest, a block of W0 + dW and, in
+    backward, a slab of transposed activations.
     """
     m, n, tokens = point.out_features, point.in_features, point.tokens
-    blocks = [lines * core.block_length(lines * element_size, others, device) for lines, others in ((n, m), (m, n))]
+    forward, backward = (
+        lines * core.block_length(lines * element_size, others, device) for lines, others in ((n, m), (m, n))
+    )
     slab = (m + n) * -(-tokens // core.num_slabs(tokens, m, n, element_size)) if products else 0
     return {
         "saved": point.depth * (tokens * n * element_size + 4),
         "outputs": tokens * (point.depth * m + n) * element_size + 4 * point.depth * point.rank * (m + n),
-        "workspace": max(*blocks, slab) * element_size,
+        "workspace": max(forward, backward + slab) * element_size,
     }
 
 
@@ -117,16 +120,16 @@ def operations(rank: int, device: str) -> dict[str, tuple[Step, Work]]:
         work = {"fused": entries, "fused move": share * entries}
         found[f"fused, {name}"] = partial(backend.factor_grad, G, of, grads, weight, out), work
     if core.takes_survivors(device):
-        # [features, tokens]: the kernel reads activations transposed.
-        short, long = ([torch.randn(side, tokens, **options) for _ in range(2)] for tokens in (SHORT, LONG))
-        for name, xs, of, survivors in (
-            ("none", short, none, 0),
-            ("short", short, few, (1 - FEW) * entries),
-            ("long", long, few, (1 - FEW) * entries),
+        drawn = {tokens: [torch.randn(tokens, side, **options) for _ in range(2)] for tokens in (SHORT, LONG)}
+        for name, tokens, of, survivors in (
+            ("none", SHORT, none, 0),
+            ("short", SHORT, few, (1 - FEW) * entries),
+            ("long", LONG, few, (1 - FEW) * entries),
         ):
-            work = {"list": entries, "move": survivors, "product": survivors * xs[0].shape[1]}
-            found[f"products, {name}"] = partial(core.survivors_grad_of_slab, *xs, of, grads), work
-        found["transpose"] = (lambda: long[0].t().contiguous()), {"transpose": side * LONG}
+            work = {"list": entries, "move": survivors, "product": survivors * tokens}
+            step = partial(core.survivors_grad, core.activations(*drawn[tokens]), of, grads, weight, out)
+            found[f"products, {name}"] = step, work
+        found["transpose"] = partial(core.activations, *drawn[LONG]), {"transpose": 2 * side * LONG}
     return found
 
 

@@ -59,14 +59,17 @@ def operations(layer: SnellLinear, x: torch.Tensor, grad_y: torch.Tensor) -> dic
             backend.merge(update.with_rows(B), W, workspace[: W.numel()].view(-1, n))
 
     def survivors() -> None:
-        took = backend.factor_grad_of_tokens(grad_y, x, update, grads)
-        assert took, "the layer would not take the survivors alone either"
+        activations = backend.factor_grad_of_tokens(grad_y, x, update, grads)
+        assert activations is not None, "the layer would not take the survivors alone either"
+        gradients(activations)
 
-    def gradients() -> None:
-        parts = update.A.split(columns), weight.split(columns, 1), grads.A.split(columns)
-        for A, W, dA in zip(*parts, strict=True):
-            G = workspace[: W.numel()].view(m, -1)
-            backend.factor_grad(G, update.with_columns(A), grads.with_columns(dA), W, G)
+    def gradients(activations: core.Activations | None = None) -> None:
+        for first in range(0, n, columns):
+            block = slice(first, first + columns)
+            W, part, dA = weight[:, block], update.with_columns(update.A[block]), grads.A[block]
+            merged = workspace[: W.numel()].view(m, -1)
+            G = merged if activations is None else activations.with_columns(activations.x[block])
+            backend.factor_grad(G, part, grads.with_columns(dA), W, merged)
 
     # A subtraction and a multiply-add a rank column, each an instruction, as a GEMM's multiply-add of 2 flops is.
     K = 4 * RANK * entries
@@ -75,9 +78,9 @@ def operations(layer: SnellLinear, x: torch.Tensor, grad_y: torch.Tensor) -> dic
     merging = Operation(merge, 2 * entries * size, K)
     common = {"select": Operation(select, factors, K), "merge, forward": merging}
     if weight.dtype == torch.float32:
-        alone = Operation(survivors, factors, K + 2 * surviving * tokens + moved)
+        alone = Operation(survivors, factors + 2 * entries * size, K + 2 * surviving * tokens + moved)
         products = {"GEMMs: y, dX": Operation(gemms(2), 0, 4 * entries * tokens)}
-        return products | common | {"survivors' G and gradients": alone, "merge, backward": merging}
+        return products | common | {"survivors' G and gradients with merge": alone}
     products = {"GEMMs: y, G, dX": Operation(gemms(3), 0, 6 * entries * tokens)}
     return products | common | {"factor_grad with merge": Operation(gradients, 3 * entries * size, K + moved)}
 

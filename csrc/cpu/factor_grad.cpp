@@ -13,6 +13,9 @@
 namespace snell::SNELL_ISA {
 namespace {
 
+// Bytes of x for the columns of a chunk. Each row of the chunk reads the columns of its survivors, from the L2 cache.
+constexpr int64_t TOKEN_BYTES = 512 * 1024;
+
 // A factor with each group of the rank axis padded to whole vectors; no copy if they are whole already.
 template <class T>
 struct Padded {
@@ -45,9 +48,8 @@ struct Survivors {
         kept(allocate<T>((columns + LANES<T>) * groups)), capacity(columns + LANES<T>) {}
 };
 
-template <class KF, class T>
-struct FactorGrad {
-  static constexpr unsigned ALL = (1u << (LANES<T> - 1) << 1) - 1;
+template <class KF, class T, int STORAGE>
+struct FactorGradBody {
   const Operand<T>& u;
   const Padded<T>&A, &B;
   const SnellMatrix &G, &weight, &merged;
@@ -59,30 +61,32 @@ struct FactorGrad {
   std::vector<Vec<T>> theta_lanes;
   std::vector<double> grad_theta;
 
-  SNELL_INLINE void tile(int64_t row, int rows, int64_t column, int columns, const T* panel, const T* const* b) {
+  template <bool WHOLE>
+  SNELL_INLINE void tile(int64_t row, int rows, int64_t column, int columns, const T* panel, const Rows<T>& b) {
     Vec<T> K[ROWS][COLUMNS];
     kappa_tile<KF>(u, panel, b, K, kept.data());
     const int groups = u.groups, gate_kind = u.gate;
     const T tau = u.tau;
     const int32_t local = int32_t(column % (u.chunk * TILE<T>));
-    for (int r = 0; r < rows; ++r) {
+    for (int r = 0; r < (WHOLE ? ROWS : rows); ++r) {
       Survivors<T>& list = lists[r];
       const int64_t capacity = list.capacity;
       int64_t count = list.count;
-      for (int c = 0; c < COLUMNS && c * LANES<T> < columns; ++c) {
-        const int lanes = columns - c * LANES<T>;
+      for (int c = 0; c < COLUMNS && (WHOLE || c * LANES<T> < columns); ++c) {
+        const int lanes = WHOLE ? LANES<T> : columns - c * LANES<T>;
         const int64_t j = column + c * LANES<T>;
         Vec<T> gate = gate_of<T>(abs(K[r][c]), tau, gate_kind);
-        unsigned survive = ~bits(gate == T(0)) & (lanes >= LANES<T> ? ALL : (1u << lanes) - 1);
+        unsigned survive = nonzero(gate) & (lanes >= LANES<T> ? ALL<T> : (1u << lanes) - 1);
         // No branch on an empty mask: at usual sparsities it is empty too irregularly to predict.
         Vec<T> H = gate;
-        if (G.data) H *= load_as<T>(G.data, (row + r) * G.stride + j, G.dtype, lanes);
+        if (G.data)
+          H *= load_as<T>(G.data, (row + r) * G.stride + j, STORAGE == ANY ? G.dtype : STORAGE, lanes);
         compress(&list.H[count], H, survive);
         compress_columns(&list.column[count], local + c * LANES<T>, survive);
         for (int p = 0; p < groups; ++p)
           compress(&list.kept[p * capacity + count], kept[(p * ROWS + r) * COLUMNS + c], survive);
         count += __builtin_popcount(survive);
-        if (merged.data) write_merged<T>(merged, weight, row + r, j, lanes, K[r][c] * gate);
+        if (merged.data) write_merged<T, STORAGE>(merged, weight, row + r, j, lanes, K[r][c] * gate);
       }
       list.count = count;
     }
@@ -111,8 +115,7 @@ struct FactorGrad {
     for (int r = 0; r < rows; ++r) {
       Survivors<T>& list = lists[r];
       if (!G.data)
-        for (int64_t s = 0; s < list.count; ++s)
-          list.H[s] *= dot(dY + (row + r) * tokens, X + (first_column + list.column[s]) * tokens);
+        for (int64_t s = 0; s < list.count; s += TOGETHER) products(list, s, dY + (row + r) * tokens, first_column);
       slopes(list);
       for (int p = 0; p < u.groups; ++p)
         for (int64_t k = 0; k < A.width; k += LANES<T>)
@@ -123,15 +126,19 @@ struct FactorGrad {
     }
   }
 
-  SNELL_INLINE T dot(const T* a, const T* b) const {
-    constexpr int SUMS = 4;  // independent sums hide the latency of the multiply-adds
-    Vec<T> sums[SUMS] = {};
-    int64_t t = 0;
-    for (; t + SUMS * LANES<T> <= tokens; t += SUMS * LANES<T>)
-      for (int i = 0; i < SUMS; ++i) sums[i] = fma(load(a + t + i * LANES<T>), load(b + t + i * LANES<T>), sums[i]);
-    T rest = 0;
-    for (; t < tokens; ++t) rest += a[t] * b[t];
-    return rest + sum<T>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  // Multiply H of the survivors from s on by their G. They share the loads of dY, and each sum waits for none of the
+  // others.
+  static constexpr int TOGETHER = 4;
+  SNELL_INLINE void products(Survivors<T>& list, int64_t s, const T* dy, int64_t first_column) const {
+    const int count = int(std::min<int64_t>(TOGETHER, list.count - s));
+    const T* x[TOGETHER];
+    for (int i = 0; i < TOGETHER; ++i) x[i] = X + (first_column + list.column[s + std::min(i, count - 1)]) * tokens;
+    Vec<T> sums[TOGETHER] = {};
+    for (int64_t t = 0; t < tokens; t += LANES<T>) {
+      const Vec<T> d = load(dy + t);
+      for (int i = 0; i < TOGETHER; ++i) sums[i] = fma(d, load(x[i] + t), sums[i]);
+    }
+    for (int i = 0; i < count; ++i) list.H[s + i] *= sum<T>(sums[i]);
   }
 
   SNELL_INLINE void slopes(Survivors<T>& list) {
@@ -151,7 +158,7 @@ struct FactorGrad {
 
   // Add the contribution of a row's survivors to one vector of the rank axis.
   SNELL_INLINE void accumulate(const Survivors<T>& list, const T* C, int64_t a0, int64_t b0, T* to, int lanes) {
-    constexpr int SUMS = 4;  // as in dot
+    constexpr int SUMS = 4;  // independent sums hide the latency of the multiply-adds
     const Vec<T> b = load(&B.rows[b0]);
     Vec<T> sums[SUMS] = {};
     const T* rows = &A.rows[a0];
@@ -173,10 +180,16 @@ struct FactorGrad {
     for (int l = 0; l < lanes; ++l) to[l] += total[l];
   }
 
+};
+
+template <class KF, class T>
+struct FactorGrad {
   static void run(const SnellUpdate& update, const SnellMatrix* G, const SnellTokens* activations,
                   const SnellMatrix* weight, const SnellMatrix* merged, void* grad_A, void* grad_B, void* grad_theta) {
-    Operand<T> u(update, KF::grouped);
+    Operand<T> u(update, KF::grouped, KF::distance);
     Padded<T> A(u, u.A, u.n), B(u, u.B, u.m);
+    if (!G->data)
+      u.chunk = std::clamp<int64_t>(TOKEN_BYTES / (activations->tokens * TILE<T> * int64_t(sizeof(T)) + 1), 1, u.chunk);
     // Each thread has its own dA. A single thread uses the caller's, if that needs no padding.
     T* total = static_cast<T*>(grad_A);
     const bool direct = u.threads == 1 && A.rank == u.rank;
@@ -187,19 +200,23 @@ struct FactorGrad {
     }
     const int num_theta = KF::scalars * u.groups;
     std::vector<std::vector<double>> theta_parts(u.threads, std::vector<double>(num_theta));
+    const SnellMatrix& storage_of = merged->data ? *merged : *G;
+    with_storage<T>(storage_of, G->data && G->dtype != storage_of.dtype ? *G : *weight, [&](auto storage) {
 #pragma omp parallel num_threads(u.threads) if (u.threads > 1)
-    {
-      int t = omp_get_thread_num(), team = omp_get_num_threads();
-      FactorGrad body{u, A, B, *G, *weight, *merged,
-                      static_cast<const T*>(activations->grad_y), static_cast<const T*>(activations->x),
-                      activations->tokens, direct ? total : parts[t].get(), static_cast<T*>(grad_B), {}, {}, {}, {}};
-      for (int r = 0; r < ROWS; ++r) body.lists.emplace_back(std::min(u.chunk, u.panels) * TILE<T>, u.groups);
-      body.kept.resize(u.groups * ROWS * COLUMNS);
-      body.theta_lanes.resize(num_theta);
-      body.grad_theta.resize(num_theta);
-      sweep(u, u.first_row(t, team), u.first_row(t + 1, team), body);
-      theta_parts[t] = body.grad_theta;
-    }
+      {
+        int t = omp_get_thread_num(), team = omp_get_num_threads();
+        FactorGradBody<KF, T, storage> body{
+            u, A, B, *G, *weight, *merged, static_cast<const T*>(activations->grad_y),
+            static_cast<const T*>(activations->x), activations->tokens, direct ? total : parts[t].get(),
+            static_cast<T*>(grad_B), {}, {}, {}, {}};
+        for (int r = 0; r < ROWS; ++r) body.lists.emplace_back(std::min(u.chunk, u.panels) * TILE<T>, u.groups);
+        body.kept.resize(u.groups * ROWS * COLUMNS);
+        body.theta_lanes.resize(num_theta);
+        body.grad_theta.resize(num_theta);
+        sweep(u, u.first_row(t, team), u.first_row(t + 1, team), body);
+        theta_parts[t] = body.grad_theta;
+      }
+    });
     // Threads' sums are added in the order of their rows, so the same number of threads gives the same bits.
 #pragma omp parallel for num_threads(u.threads) schedule(static) if (u.threads > 1)
     for (int64_t j = 0; j < u.n; ++j)

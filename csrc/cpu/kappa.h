@@ -7,38 +7,41 @@
 
 namespace snell::SNELL_ISA {
 
-// The statistic of a pair is a dot product b . a or a squared distance |b - a|^2. `accumulate` adds one rank column.
+// The statistic of a pair is a dot product b . a, a squared distance |b - a|^2 or its root. `accumulate` adds one rank
+// column.
 struct Dot {
-  static constexpr bool distance = false;
+  static constexpr bool distance = false, root = false;
   template <class V>
   static SNELL_INLINE V accumulate(V a, V b, V sum) {
     return fma(a, b, sum);
   }
 };
-struct Distance {
-  static constexpr bool distance = true;
+struct SquaredDistance {
+  static constexpr bool distance = true, root = false;
   template <class V>
   static SNELL_INLINE V accumulate(V a, V b, V sum) {
-    V d = a - b;  // not |a|^2 + |b|^2 - 2 a.b, which cancels where a is near b
+    V d = a - b;
     return fma(d, d, sum);
   }
+};
+
+struct Norm : SquaredDistance {
+  static constexpr bool root = true;
 };
 
 // Each kernel function names its statistic and, for vectors of pairs:
 //   grouped                                whether it has one statistic per group, or one for the whole rank axis
 //   scalars                                how many entries of theta belong to each statistic
-//   add_group(theta, p, statistic, K)      K of groups 0 to p, given K of those before; replaces `statistic` with the
-//                                          value that `slope` needs
-//   slope(theta, p, kept, H, dtheta)       C = H * dkappa/d(statistic), times 2 for a squared distance, so that
-//                                          dB_i += C (b - a) or C a; adds H * dkappa/dtheta to dtheta[]
+//   add_group(theta, p, statistic, K)      K of groups 0 to p, given K of those before
+//   slope(theta, p, statistic, H, dtheta)  C = H * dkappa/d(statistic), times 2 for a squared distance and divided by a
+//                                          norm, so that dB_i += C (b - a) or C a; adds H * dkappa/dtheta to dtheta[]
 // theta is an array of scalars.
-struct PiecewiseLinear : Distance {
+struct PiecewiseLinear : Norm {
   static constexpr bool grouped = true;
   static constexpr int scalars = 1;
   template <class T, class V>
-  static SNELL_INLINE V add_group(const T* theta, int p, V& statistic, V K) {
-    statistic = sqrt(statistic);
-    return fma(splat(theta[p]), statistic, K);
+  static SNELL_INLINE V add_group(const T* theta, int p, V norm, V K) {
+    return fma(splat(theta[p]), norm, K);
   }
   template <class T>
   static SNELL_INLINE Vec<T> slope(const T* theta, int p, Vec<T> norm, Vec<T> H, Vec<T>* dtheta) {
@@ -51,7 +54,7 @@ struct Linear : Dot {
   static constexpr bool grouped = false;
   static constexpr int scalars = 0;
   template <class T, class V>
-  static SNELL_INLINE V add_group(const T*, int, V& statistic, V) {
+  static SNELL_INLINE V add_group(const T*, int, V statistic, V) {
     return statistic;
   }
   template <class T>
@@ -64,7 +67,7 @@ struct Sigmoid : Dot {
   static constexpr bool grouped = false;
   static constexpr int scalars = 3;
   template <class T, class V>
-  static SNELL_INLINE V add_group(const T* theta, int, V& statistic, V) {
+  static SNELL_INLINE V add_group(const T* theta, int, V statistic, V) {
     return fma(splat(theta[0]), T(1) / (T(1) + exp(-theta[1] * statistic)), splat(theta[2]));
   }
   template <class T>
@@ -78,11 +81,11 @@ struct Sigmoid : Dot {
   }
 };
 
-struct Rbf : Distance {
+struct Rbf : SquaredDistance {
   static constexpr bool grouped = false;
   static constexpr int scalars = 3;
   template <class T, class V>
-  static SNELL_INLINE V add_group(const T* theta, int, V& statistic, V) {
+  static SNELL_INLINE V add_group(const T* theta, int, V statistic, V) {
     return fma(splat(theta[0]), exp(-theta[1] * statistic), splat(theta[2]));
   }
   template <class T>

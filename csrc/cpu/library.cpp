@@ -93,6 +93,37 @@ SNELL_EXPORT int snell_factor_grad(const SnellUpdate* u, const SnellMatrix* G, c
   return guarded([&] { table.factor_grad(*u, G, activations, weight, merged, grad_A, grad_B, grad_theta); });
 }
 
+namespace {
+
+// Squares of 16 x 16 pass through a buffer, so that both matrices are read and written by whole cache lines.
+template <class T>
+void transpose(const T* from, int64_t stride, int64_t rows, int64_t columns, T* to, int threads) {
+  constexpr int64_t SIDE = SNELL_TOKENS;
+  const int64_t padded = (rows + SIDE - 1) / SIDE * SIDE;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && rows * columns >= 1 << 16)
+  for (int64_t first = 0; first < columns; first += SIDE)
+    for (int64_t row = 0; row < rows; row += SIDE) {
+      const int64_t height = rows - row < SIDE ? rows - row : SIDE, width = columns - first < SIDE ? columns - first : SIDE;
+      T square[SIDE][SIDE];
+      for (int64_t i = 0; i < height; ++i) std::memcpy(square[i], from + (row + i) * stride + first, width * sizeof(T));
+      for (int64_t j = 0; j < width; ++j) {
+        T* line = to + (first + j) * padded + row;
+        for (int64_t i = 0; i < SIDE; ++i) line[i] = i < height ? square[i][j] : T(0);
+      }
+    }
+}
+
+}  // namespace
+
+// out = the transpose of a matrix [rows, columns] of F32 or F64. Its rows are padded with zeros to a multiple of
+// SNELL_TOKENS.
+SNELL_EXPORT void snell_transpose(const SnellMatrix* matrix, int64_t rows, int64_t columns, void* out, int threads) {
+  if (matrix->dtype == SNELL_F32)
+    transpose(static_cast<const float*>(matrix->data), matrix->stride, rows, columns, static_cast<float*>(out), threads);
+  else
+    transpose(static_cast<const double*>(matrix->data), matrix->stride, rows, columns, static_cast<double*>(out), threads);
+}
+
 // A 128-bit hash of tensors: four lanes of multiply and fold. At the end each lane is mixed into its neighbour, so that
 // a change seen by one lane changes both halves of the digest.
 SNELL_EXPORT void snell_fingerprint(int count, const void* const* data, const int64_t* bytes, uint64_t* digest) {

@@ -5,11 +5,14 @@
 namespace snell::SNELL_ISA {
 
 // out[row, column...] = weight + delta, or delta without a weight. Where delta is 0, out gets the weight's bits. A
-// double weight is added in double, so that a float update does not round it to float.
-template <class T>
+// double weight is added in double, so that a float update does not round it to float. STORAGE is both matrices' dtype,
+// or ANY: the fewer branches an entry takes, the better.
+constexpr int ANY = -1;
+
+template <class T, int STORAGE>
 SNELL_INLINE void write_merged(const SnellMatrix& out, const SnellMatrix& weight, int64_t row, int64_t column, int count,
                                Vec<T> delta) {
-  if (sizeof(T) == 4 && weight.data && weight.dtype == SNELL_F64) {
+  if (STORAGE == ANY && sizeof(T) == 4 && weight.data && weight.dtype == SNELL_F64) {
     for (int l = 0; l < LANES<T> && l < count; ++l) {
       double w = load_scalar<double>(weight.data, row * weight.stride + column + l, weight.dtype);
       store_scalar<double>(out.data, row * out.stride + column + l, out.dtype, delta[l] == 0 ? w : w + double(delta[l]));
@@ -17,10 +20,20 @@ SNELL_INLINE void write_merged(const SnellMatrix& out, const SnellMatrix& weight
     return;
   }
   if (weight.data) {
-    Vec<T> w = load_as<T>(weight.data, row * weight.stride + column, weight.dtype, count);
+    const int dtype = STORAGE == ANY ? weight.dtype : STORAGE;
+    Vec<T> w = load_as<T>(weight.data, row * weight.stride + column, dtype, count);
     delta = delta == T(0) ? w : w + delta;
   }
-  store_as<T>(out.data, row * out.stride + column, out.dtype, count, delta);
+  store_as<T>(out.data, row * out.stride + column, STORAGE == ANY ? out.dtype : STORAGE, count, delta);
+}
+
+// Run f with the matrices' common dtype as a constant where it is a usual one.
+template <class T, class Function>
+void with_storage(const SnellMatrix& out, const SnellMatrix& weight, Function f) {
+  const int dtype = !weight.data || weight.dtype == out.dtype ? out.dtype : ANY;
+  if (sizeof(T) == 4 && dtype == SNELL_F32) return f(std::integral_constant<int, SNELL_F32>());
+  if (sizeof(T) == 4 && dtype == SNELL_BF16) return f(std::integral_constant<int, SNELL_BF16>());
+  f(std::integral_constant<int, ANY>());
 }
 
 }  // namespace snell::SNELL_ISA

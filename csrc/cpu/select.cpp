@@ -49,16 +49,18 @@ struct Gather {
   int64_t limit, below = 0, used = 0;
   std::vector<T> inside;
 
-  SNELL_INLINE void tile(int64_t, int rows, int64_t, int columns, const T* panel, const T* const* b) {
+  template <bool WHOLE>
+  SNELL_INLINE void tile(int64_t, int rows, int64_t, int columns, const T* panel, const Rows<T>& b) {
     Vec<T> K[ROWS][COLUMNS];
     kappa_tile<KF>(*u, panel, b, K);
-    for (int r = 0; r < rows; ++r)
+    for (int r = 0; r < (WHOLE ? ROWS : rows); ++r)
       for (int c = 0; c < COLUMNS; ++c) {
         int count = columns - c * LANES<T>;
-        unsigned valid = count >= LANES<T> ? ~0u : count > 0 ? (1u << count) - 1 : 0u;
+        unsigned valid = WHOLE || count >= LANES<T> ? ALL<T> : count > 0 ? (1u << count) - 1 : 0u;
         Vec<T> a = abs(K[r][c]);
-        below += __builtin_popcount(bits(a < lo) & valid);
-        unsigned in = bits((a >= lo) & (a <= hi)) & valid;
+        const unsigned under = less(a, splat(lo)) & valid;
+        below += __builtin_popcount(under);
+        unsigned in = less_equal(a, splat(hi)) & valid & ~under;
         if (in && used <= limit) {
           if (size_t(used + LANES<T>) > inside.size()) inside.resize(inside.size() * 3 / 2 + 4096);
           compress(&inside[used], a, in);
@@ -79,7 +81,8 @@ struct Histogram {
   int above, shift, digits;
   std::vector<int64_t> counts;
 
-  SNELL_INLINE void tile(int64_t, int rows, int64_t, int columns, const T* panel, const T* const* b) {
+  template <bool WHOLE>
+  SNELL_INLINE void tile(int64_t, int rows, int64_t, int columns, const T* panel, const Rows<T>& b) {
     Vec<T> K[ROWS][COLUMNS];
     kappa_tile<KF>(*u, panel, b, K);
     for (int r = 0; r < rows; ++r)
@@ -141,8 +144,7 @@ T sample_one(const Operand<T>& u, int64_t counter) {
       T d = KF::distance ? a[k] - b[k] : T(0);
       s += KF::distance ? d * d : a[k] * b[k];
     }
-    Vec<T> statistic = splat(s);
-    K = KF::add_group(u.theta, p, statistic, K);
+    K = KF::add_group(u.theta, p, splat(KF::root ? std::sqrt(s) : s), K);
   }
   return std::abs(K[0]);
 }
@@ -182,7 +184,7 @@ Bracket<T> bracket(const Operand<T>& u, int64_t k) {
 template <class KF, class T>
 struct Select {
   static void run(const SnellUpdate& update, int64_t k, void* tau) {
-    Operand<T> u(update, KF::grouped);
+    Operand<T> u(update, KF::grouped, KF::distance);
     auto [lo, hi, share] = bracket<KF>(u, k);
     double expected = share * double(u.m) * double(u.n) / u.threads;
     int64_t limit = GATHER_MIN + int64_t(GATHER_SLACK * expected);
@@ -212,7 +214,7 @@ struct Select {
 template <class KF, class T>
 struct Density {
   static void run(const SnellUpdate& update, int64_t samples, double* density) {
-    Operand<T> u(update, KF::grouped);
+    Operand<T> u(update, KF::grouped, KF::distance);
     int64_t survivors = 0;
     for (int64_t i = 0; i < samples; ++i) survivors += !(sample_one<KF>(u, i) <= u.tau);
     *density = u.gate == GATE_NONE ? 1.0 : double(survivors) / double(samples);

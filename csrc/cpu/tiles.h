@@ -40,56 +40,155 @@ Buffer<T> allocate(int64_t count) {
   return Buffer<T>(static_cast<T*>(p));
 }
 
+// A squared distance is expanded into |a|^2 + |b|^2 - 2 a.b: one operation a rank column in place of two. A lane where
+// this cancels, to below NEAR of |a|^2 + |b|^2, takes the sum of squared differences instead. Each lane decides for
+// itself, so that an entry's bits do not depend on the tile. Norms are summed in double: with groups of w columns, the
+// error of a distance then stays below (2 w + 4) eps.
+constexpr float NEAR = 1.0f / 8;
+constexpr float SMALL = 0x1p-100f;  // squares below it take the differences too: their products would be denormal
+constexpr int MIN_EXPANDED = 16;    // columns of a group; in fewer dimensions, too many pairs are near
+
+template <class T>
+T quarter_norm(const T* row, int width) {  // of the square
+  double sum = 0;
+  for (int k = 0; k < width; ++k) sum += double(row[k]) * double(row[k]);
+  return T(sum / 4);
+}
+
 // An update's factors as the tiles read them.
 template <class T>
 struct Operand {
   int64_t m, n, rank;
   int groups, width, gate, threads;  // `groups` statistics of `width` rank columns each
+  bool expands;                      // whether distances are expanded into norms and dot products
   const T *A, *B, *theta;
   T tau;
-  Buffer<T> packed;  // A in panels of TILE columns of K: [panel][rank][TILE], padded with 0
-  int64_t panels, chunk;
+  // A in panels of TILE columns of K: [panel][lines][TILE], padded with 0. The lines are the rank columns and, where
+  // distances are expanded, the squared norms of the groups.
+  Buffer<T> packed;
+  Buffer<T> norms;  // of B: [m][groups]
+  int64_t lines, panels, chunk;
 
-  Operand(const SnellUpdate& u, bool grouped)
+  Operand(const SnellUpdate& u, bool grouped, bool distance)
       : m(u.m), n(u.n), rank(u.rank), groups(grouped ? u.groups : 1), width(int(u.rank / groups)), gate(u.gate),
-        A(static_cast<const T*>(u.A)), B(static_cast<const T*>(u.B)), theta(static_cast<const T*>(u.theta)),
+        expands(distance && sizeof(T) == 4 && width >= MIN_EXPANDED), A(static_cast<const T*>(u.A)),
+        B(static_cast<const T*>(u.B)), theta(static_cast<const T*>(u.theta)),
         tau(u.tau ? *static_cast<const T*>(u.tau) : T(0)) {
     // Fewer multiply-adds than 2^18 do not repay waking a thread.
     threads = int(std::clamp<int64_t>(m * n * rank >> 18, 1, u.threads));
+    lines = rank + (expands ? groups : 0);
     panels = (n + TILE<T> - 1) / TILE<T>;
-    chunk = std::max<int64_t>(1, CHUNK_BYTES / int64_t(rank * TILE<T> * sizeof(T)));
-    packed = allocate<T>(panels * rank * TILE<T>);
+    chunk = std::max<int64_t>(1, CHUNK_BYTES / int64_t(lines * TILE<T> * sizeof(T)));
+    packed = allocate<T>(panels * lines * TILE<T>);
+    norms = allocate<T>(expands ? m * groups : 0);
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t panel = 0; panel < panels; ++panel) {
-      T* to = &packed[panel * rank * TILE<T>];
+      T* to = &packed[panel * lines * TILE<T>];
       const int64_t first = panel * TILE<T>, valid = std::min<int64_t>(TILE<T>, n - first);
-      if (valid < TILE<T>) std::memset(to, 0, rank * TILE<T> * sizeof(T));
+      if (valid < TILE<T>) std::memset(to, 0, lines * TILE<T> * sizeof(T));
       for (int64_t c = 0; c < valid; ++c) {
         const T* from = A + (first + c) * rank;
         for (int64_t k = 0; k < rank; ++k) to[k * TILE<T> + c] = from[k];
+        for (int p = 0; expands && p < groups; ++p) to[(rank + p) * TILE<T> + c] = quarter_norm(from + p * width, width);
       }
     }
+    if (!expands) return;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t i = 0; i < m * groups; ++i) norms[i] = quarter_norm(B + i * width, width);
   }
 
   // First row of thread t of the team; threads own whole groups of ROWS.
   int64_t first_row(int t, int team) const { return std::min(m, (m + ROWS - 1) / ROWS * t / team * ROWS); }
 };
 
-// K of rows b[0..ROWS) and one panel's columns. `kept` [groups][ROWS][COLUMNS] receives what `slope` needs.
+// The rows of a tile: B's, and their squared norms. At the lower edge the last row is repeated.
+template <class T>
+struct Rows {
+  const T *b[ROWS], *norms[ROWS];
+  Rows(const Operand<T>& u, int64_t first, int count) {
+    for (int r = 0; r < ROWS; ++r) {
+      const int64_t row = first + std::min(r, count - 1);
+      b[r] = u.B + row * u.rank;
+      norms[r] = u.norms.get() + (u.expands ? row * u.groups : 0);
+    }
+  }
+};
+
+// The sums of group p over its rank columns: dot products or squared differences.
+template <class Statistic, class T>
+SNELL_INLINE void sums(const Operand<T>& u, int p, const T* panel, const Rows<T>& rows, Vec<T> (&s)[ROWS][COLUMNS]) {
+  for (auto& row : s)
+    for (auto& v : row) v = Vec<T>{};
+  for (int64_t k = int64_t(p) * u.width; k < int64_t(p + 1) * u.width; ++k) {
+    Vec<T> a[COLUMNS];
+    for (int c = 0; c < COLUMNS; ++c) a[c] = load(panel + k * TILE<T> + c * LANES<T>);
+    for (int r = 0; r < ROWS; ++r) {
+      Vec<T> bk = splat(rows.b[r][k]);
+      for (int c = 0; c < COLUMNS; ++c) s[r][c] = Statistic::accumulate(a[c], bk, s[r][c]);
+    }
+  }
+}
+
 template <class KF, class T>
-SNELL_INLINE void kappa_tile(const Operand<T>& u, const T* panel, const T* const* b, Vec<T> (&K)[ROWS][COLUMNS],
+SNELL_INLINE Vec<T> rooted(Vec<T> square) {
+  return KF::root ? sqrt(square) : square;
+}
+
+// A quarter of |a|^2 + |b|^2 for one vector of a tile; the packed norms and those of the rows are quarters.
+template <class T>
+SNELL_INLINE Vec<T> quarter_norms(const Operand<T>& u, int p, const T* panel, const Rows<T>& rows, int r, int c) {
+  return load(panel + (u.rank + p) * TILE<T> + c * LANES<T>) + splat(rows.norms[r][p]);
+}
+
+// Replaces the lanes of s whose pairs are near. Out of line, since few tiles have such lanes.
+template <class KF, class T>
+__attribute__((noinline)) void replace_near(const Operand<T>& u, int p, const T* panel, const Rows<T>& rows,
+                                            const Vec<T> (&quarter)[ROWS][COLUMNS], Vec<T> (&s)[ROWS][COLUMNS]) {
+  Vec<T> direct[ROWS][COLUMNS];
+  sums<SquaredDistance>(u, p, panel, rows, direct);
+  for (int r = 0; r < ROWS; ++r)
+    for (int c = 0; c < COLUMNS; ++c) {
+      const Vec<T> least = fma(splat(T(NEAR)), quarter_norms(u, p, panel, rows, r, c), splat(T(SMALL)));
+      s[r][c] = quarter[r][c] > least ? s[r][c] : rooted<KF, T>(direct[r][c]);
+    }
+}
+
+// The statistics of group p by norms and dot products. They are computed as quarters: twice the root of a quarter of the
+// square is the norm.
+template <class KF, class T>
+SNELL_INLINE void expanded(const Operand<T>& u, int p, const T* panel, const Rows<T>& rows, Vec<T> (&s)[ROWS][COLUMNS]) {
+  sums<Dot>(u, p, panel, rows, s);
+  Vec<T> quarter[ROWS][COLUMNS];
+  unsigned far = ALL<T>;
+  for (int r = 0; r < ROWS; ++r)
+    for (int c = 0; c < COLUMNS; ++c) {
+      const Vec<T> norms = quarter_norms(u, p, panel, rows, r, c);
+      quarter[r][c] = fma(splat(T(-0.5)), s[r][c], norms);
+      far &= less(fma(splat(T(NEAR)), norms, splat(T(SMALL))), quarter[r][c]);
+      s[r][c] = KF::root ? twice_sqrt(quarter[r][c]) : 4 * quarter[r][c];
+    }
+  if (__builtin_expect(far != ALL<T>, 0)) {
+    Vec<T> copy[ROWS][COLUMNS];  // so that s needs no address and stays in registers
+    std::memcpy(copy, s, sizeof copy);
+    replace_near<KF>(u, p, panel, rows, quarter, copy);
+    std::memcpy(s, copy, sizeof copy);
+  }
+}
+
+// K of the rows and one panel's columns. `kept` [groups][ROWS][COLUMNS] receives what `slope` needs.
+template <class KF, class T>
+SNELL_INLINE void kappa_tile(const Operand<T>& u, const T* panel, const Rows<T>& rows, Vec<T> (&K)[ROWS][COLUMNS],
                              Vec<T>* kept = nullptr) {
   for (auto& row : K)
     for (auto& v : row) v = Vec<T>{};
   for (int p = 0; p < u.groups; ++p) {
-    Vec<T> s[ROWS][COLUMNS] = {};
-    for (int64_t k = int64_t(p) * u.width; k < int64_t(p + 1) * u.width; ++k) {
-      Vec<T> a[COLUMNS];
-      for (int c = 0; c < COLUMNS; ++c) a[c] = load(panel + k * TILE<T> + c * LANES<T>);
-      for (int r = 0; r < ROWS; ++r) {
-        Vec<T> bk = splat(b[r][k]);
-        for (int c = 0; c < COLUMNS; ++c) s[r][c] = KF::accumulate(a[c], bk, s[r][c]);
-      }
+    Vec<T> s[ROWS][COLUMNS];
+    if (KF::distance && u.expands) {
+      expanded<KF>(u, p, panel, rows, s);
+    } else {
+      sums<KF>(u, p, panel, rows, s);
+      for (auto& row : s)
+        for (auto& v : row) v = rooted<KF, T>(v);
     }
     for (int r = 0; r < ROWS; ++r)
       for (int c = 0; c < COLUMNS; ++c) {
@@ -109,7 +208,7 @@ SNELL_INLINE void prefetch(const SnellMatrix& matrix, int64_t row, int64_t from,
 }
 
 // For the rows [first, last), one chunk of panels at a time:
-//   body.tile(row, rows, column, columns, panel, b)   for each tile; at the lower edge b repeats the last row
+//   body.tile<WHOLE>(row, rows, column, columns, panel, b)   for each tile; WHOLE: of ROWS rows and TILE columns
 //   body.ahead(row, from, to)                         for a row of the chunk that will be computed soon
 //   body.flush(row, rows, from)                       after each group of rows in the chunk
 template <class T, class Body>
@@ -118,14 +217,17 @@ SNELL_INLINE void sweep(const Operand<T>& u, int64_t first, int64_t last, Body& 
     int64_t end = std::min(begin + u.chunk, u.panels);
     for (int64_t row = first; row < last; row += ROWS) {
       int rows = int(std::min<int64_t>(ROWS, last - row));
-      const T* b[ROWS];
-      for (int r = 0; r < ROWS; ++r) b[r] = u.B + (row + std::min(r, rows - 1)) * u.rank;
+      const Rows<T> factor(u, row, rows);
       for (int64_t soon = row + AHEAD; soon < std::min(row + AHEAD + ROWS, last); ++soon)
         body.ahead(soon, begin * TILE<T>, std::min(end * TILE<T>, u.n));
       for (int64_t panel = begin; panel < end; ++panel) {
         int64_t column = panel * TILE<T>;
         int columns = int(std::min<int64_t>(TILE<T>, u.n - column));
-        body.tile(row, rows, column, columns, &u.packed[panel * u.rank * TILE<T>], b);
+        const T* packed = &u.packed[panel * u.lines * TILE<T>];
+        if (rows == ROWS && columns == TILE<T>)
+          body.template tile<true>(row, rows, column, columns, packed, factor);
+        else
+          body.template tile<false>(row, rows, column, columns, packed, factor);
       }
       body.flush(row, rows, begin * TILE<T>);
     }

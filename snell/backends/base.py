@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from snell.spec import Spec
-from snell.update import Gradients, Parameters, Update
+from snell.update import Activations, Gradients, Parameters, Update
 
 __all__ = ["Backend"]
 
@@ -39,11 +39,17 @@ class Backend(ABC):
 
     @abstractmethod
     def factor_grad(
-        self, G: Tensor, update: Update, grads: Gradients, weight: Tensor | None = None, merged: Tensor | None = None
+        self,
+        G: Tensor | Activations,
+        update: Update,
+        grads: Gradients,
+        weight: Tensor | None = None,
+        merged: Tensor | None = None,
     ) -> None:
         """Add the gradients from ``G [m, n]`` (dY^T X) to ``grads``.
 
-        The same pass writes weight + dW into ``merged``, if given. ``merged`` may be G itself.
+        The same pass writes weight + dW into ``merged``, if given. ``merged`` may be G itself. Only a backend that
+        returns activations from :meth:`factor_grad_of_tokens` has to accept them.
         """
 
     def prepare(self, update: Update) -> Update:
@@ -78,13 +84,14 @@ class Backend(ABC):
 
     def factor_grad_of_tokens(
         self, grad_y: Tensor, x: Tensor, update: Update, grads: Gradients, *, always: bool = False
-    ) -> bool:
-        """Add the gradients from ``grad_y [T, m]`` and ``x [T, n]`` directly, without G, if that is cheaper.
+    ) -> Activations | None:
+        """Compute G for survivors only, from ``grad_y [T, m]`` and ``x [T, n]``, if that costs less than the GEMM.
 
         Args:
-            always: do it whenever possible, even if it is not cheaper.
+            always: do it whenever possible, even if it costs more.
 
         Returns:
-            Whether it did. If not, the caller computes G and calls :meth:`factor_grad`.
+            The activations from which :meth:`factor_grad` is to compute G. The gradients from tokens that they leave
+            out have been added to ``grads``. None: the caller computes G.
         """
-        return False
+        return None

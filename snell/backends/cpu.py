@@ -8,7 +8,7 @@ from snell import native
 from snell.backends.base import Backend
 from snell.backends.layout import is_transposed, readable, row_major
 from snell.spec import Spec
-from snell.update import Gradients, Update
+from snell.update import Activations, Gradients, Update
 
 #: Up to this share of survivors, computing G for survivors only is cheaper than the GEMM for all of G in float32. It is
 #: not in bfloat16, whose GEMM is several times faster.
@@ -18,14 +18,13 @@ FEW_SURVIVORS = 1 / 8
 WORTH_ASKING = 2**26
 SAMPLES = 4096
 
-#: Most tokens in a slab, and most bytes of its transposed activations. The 256 columns of x that a kernel reads in one
-#: sweep then stay in a second-level cache of 1 MiB.
-SLAB_TOKENS = 512
+#: Most tokens in a slab, and most bytes of its transposed activations. Each slab is one sweep over the entries.
+SLAB_TOKENS = 4096
 SLAB_BYTES = 16 * 2**20
 
 
 def num_slabs(tokens: int, m: int, n: int, element_size: int) -> int:
-    """Number of slabs of tokens in ``factor_grad_of_tokens``: each is one sweep over the entries."""
+    """Number of slabs of tokens in ``factor_grad_of_tokens``."""
     return -(-tokens // max(min(SLAB_TOKENS, SLAB_BYTES // ((m + n) * element_size)), 1))
 
 
@@ -49,28 +48,37 @@ class CpuBackend(Backend):
         native.merge(self.prepare(update), None if weight is None else row_major(weight), out)
 
     def factor_grad(
-        self, G: Tensor, update: Update, grads: Gradients, weight: Tensor | None = None, merged: Tensor | None = None
+        self,
+        G: Tensor | Activations,
+        update: Update,
+        grads: Gradients,
+        weight: Tensor | None = None,
+        merged: Tensor | None = None,
     ) -> None:
-        G = readable(G)
-        if is_transposed(G if merged is None else merged):
+        if isinstance(G, Tensor):
+            G = readable(G)
+        lead = G if merged is None else merged
+        if isinstance(lead, Tensor) and is_transposed(lead):
             others = (None if matrix is None else matrix.t() for matrix in (weight, merged))
             return self.factor_grad(G.t(), update.transposed(), Gradients(grads.B, grads.A, grads.theta), *others)
         weight = None if weight is None else row_major(weight)
-        native.factor_grad(self.prepare(update), grads, row_major(G), weight, merged)
+        G = row_major(G) if isinstance(G, Tensor) else G
+        native.factor_grad(self.prepare(update), grads, G, weight, merged)
 
     def factor_grad_of_tokens(
         self, grad_y: Tensor, x: Tensor, update: Update, grads: Gradients, *, always: bool = False
-    ) -> bool:
+    ) -> Activations | None:
         (tokens, m), n = grad_y.shape, x.shape[1]
         if update.spec.gate == "none" or grad_y.dtype != update.A.dtype:
-            return False
+            return None
         if not always and tokens * m * n < WORTH_ASKING:
-            return False
+            return None
         update = self.prepare(update)
         if not always and native.density(update, SAMPLES) > FEW_SURVIVORS:
-            return False
+            return None
         slabs = num_slabs(tokens, m, n, grad_y.element_size())
         # The gradients are linear in G, and G is a sum over tokens. Slabs bound the size of the transposed copies.
-        for dy, some_x in zip(grad_y.tensor_split(slabs), x.tensor_split(slabs), strict=True):
-            native.factor_grad_of_tokens(update, grads, dy.t().contiguous(), some_x.t().contiguous())
-        return True
+        *others, last = zip(grad_y.tensor_split(slabs), x.tensor_split(slabs), strict=True)
+        for slab in others:
+            native.factor_grad(update, grads, native.activations(*slab), None, None)
+        return native.activations(*last)

@@ -144,8 +144,10 @@ _GRADIENTS = ("grad_x", "grad_A", "grad_B", "grad_theta")
 def _gradients_of_tokens(case: Case) -> float | None:
     """The path of large layers with few survivors, which forms no G."""
     grads, backend = Gradients.zeros(case.update), backends.of(case.update.A)
-    if not backend.factor_grad_of_tokens(case.grad_y, case.x, case.update, grads, always=True):
+    activations = backend.factor_grad_of_tokens(case.grad_y, case.x, case.update, grads, always=True)
+    if activations is None:
         return None
+    backend.factor_grad(activations, case.update, grads)
     expected = bounds.layer(case.expected, case.x, case.weight, None, case.grad_y)
     return max(share_of_bound(grad, *expected[name]) for grad, name in zip(grads, _GRADIENTS[1:], strict=True))
 

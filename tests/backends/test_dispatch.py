@@ -64,7 +64,7 @@ def test_the_defaults_of_a_backend_say_that_it_has_no_further_ability() -> None:
     blocked = backends.AVAILABLE["blocked"]
     assert blocked.select_together([]) is None
     assert blocked.few_tokens(torch.zeros(1, 2), None, None, None) is None
-    assert blocked.factor_grad_of_tokens(torch.zeros(1, 2), torch.zeros(1, 2), None, None) is False
+    assert blocked.factor_grad_of_tokens(torch.zeros(1, 2), torch.zeros(1, 2), None, None) is None
     with pytest.raises(NotImplementedError, match="blocked selects for one layer at a time"):
         blocked.verify(*[torch.zeros(())] * 5)
 

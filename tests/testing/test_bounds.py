@@ -16,6 +16,7 @@ from snell.backends.blocked import BlockedBackend
 from snell.kernel_functions import KERNEL_FUNCTIONS
 from snell.testing.cases import DTYPES, FEW, OPERATIONS, Case, Setting
 from snell.testing.selfcheck import Checked
+from snell.update import Activations
 
 
 class Result(NamedTuple):
@@ -78,8 +79,9 @@ class Off(BlockedBackend):
         self.scale("merge", **{"dW" if weight is None else "W": out})
 
     def factor_grad(self, G, update, grads, weight=None, merged=None):
-        super().factor_grad(G, update, grads, weight, merged)
-        self.scale("factor_grad", **grads._asdict())
+        of_tokens = isinstance(G, Activations)
+        super().factor_grad(G.grad_y @ G.x.T if of_tokens else G, update, grads, weight, merged)
+        self.scale("factor_grad_of_tokens" if of_tokens else "factor_grad", **grads._asdict())
 
     def few_tokens(self, x, weight, bias, update):
         if x.shape[0] > FEW:
@@ -91,11 +93,7 @@ class Off(BlockedBackend):
         return y
 
     def factor_grad_of_tokens(self, grad_y, x, update, grads, *, always=False):
-        if not always:
-            return False
-        super().factor_grad(grad_y.T @ x, update, grads)
-        self.scale("factor_grad_of_tokens", **grads._asdict())
-        return True
+        return Activations(grad_y.T, x.T) if always else None
 
 
 @pytest.fixture
