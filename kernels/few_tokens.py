@@ -99,7 +99,7 @@ def add_splits_kernel(split_ptr, bias_ptr, y_ptr, splits, size, m, HAS_BIAS: tl.
 
 def linear_few(x: Tensor, weight: Tensor | None, bias: Tensor | None, update: Update) -> Tensor:
     """y [tokens, m] of ``x [tokens, n]``, tokens <= TOKENS, with float32 factors and x below float64."""
-    A, B, theta, tau, spec = update
+    A, B, theta, tau, spec, _ = update
     (tokens, n), m = x.shape, B.shape[0]
     row = launch.row("few_tokens", x)
     x, A, B = x.contiguous(), launch.k_major(A), launch.k_major(B)

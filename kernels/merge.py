@@ -83,7 +83,7 @@ def merge_kernel(
 
 def merge(update: Update, weight: Tensor | None, out: Tensor) -> None:
     """``weight + dW`` or dW into ``out``, with float32 factors; both may have any strides."""
-    A, B, theta, tau, spec = update
+    A, B, theta, tau, spec, _ = update
     (m, n), A, B = out.shape, launch.k_major(A), launch.k_major(B)
     source = out if weight is None else weight
     row = launch.row("merge", out)

@@ -53,8 +53,8 @@ def _as_matrix(t: Tensor, features: int) -> Tensor:
     return t if t.dim() == 2 else t.reshape(-1, features)
 
 
-def _blocks(length: int, lines: int, *matrices: tuple[Tensor | None, int]) -> Iterable[tuple[Any, ...]]:
-    """Corresponding blocks of all matrices, of ``length`` rows (dim 0) or columns (dim 1); None stays None."""
+def _blocks(length: int, lines: int, *matrices: tuple[Tensor | Update | None, int]) -> Iterable[tuple[Any, ...]]:
+    """Corresponding blocks of matrices and updates, of ``length`` rows (dim 0) or columns (dim 1); None stays None."""
     if length >= lines:
         return (tuple(matrix for matrix, _ in matrices),)
     return zip(*(repeat(None) if t is None else t.split(length, dim) for t, dim in matrices), strict=False)
@@ -99,9 +99,9 @@ def linear_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, update
     rows = block_length(n * x.element_size(), m, x.device.type)
     workspace = x.new_empty(rows * n)
     update = backend.prepare(update)
-    for B_block, W_block, bias_block, y_block in _blocks(rows, m, (update.B, 0), (weight, 0), (bias, 0), (y2, 1)):
-        block = _block(workspace, weight, B_block.shape[0], n)
-        backend.merge(update.with_rows(B_block), W_block, block)
+    for part, W_block, bias_block, y_block in _blocks(rows, m, (update, 0), (weight, 0), (bias, 0), (y2, 1)):
+        block = _block(workspace, weight, part.B.shape[0], n)
+        backend.merge(part, W_block, block)
         if bias_block is None:
             torch.mm(x2, block.t(), out=y_block)
         else:
@@ -131,18 +131,20 @@ def linear_backward(
         workspace = dy.new_empty(m * cols)
         dx = None if grad_x is None else _as_matrix(grad_x, n)
         dA = None if through_G is None else through_G.A
-        for A_block, W_block, x_block, dx_block, dW_block, dA_block in _blocks(
-            cols, n, (update.A, 0), (weight, 1), (x2 if need_G else None, 1), (dx, 1), (grad_weight, 1), (dA, 0)
+        # factor_grad writes W0 + dW of an update without a start. The other's takes a pass of its own.
+        fused = through_G is not None and update.start is None
+        for part, W_block, x_block, dx_block, dW_block, dA_block in _blocks(
+            cols, n, (update, 1), (weight, 1), (x2 if need_G else None, 1), (dx, 1), (grad_weight, 1), (dA, 0)
         ):
-            block, part = _block(workspace, weight, m, A_block.shape[0]), update.with_columns(A_block)
+            block = _block(workspace, weight, m, part.A.shape[0])
             if need_G:
                 torch.mm(dy.t(), x_block, out=block)
             if dW_block is not None:
                 dW_block.copy_(block)
             if through_G is not None:
-                merged = (W_block, block) if needs.x else (None, None)
+                merged = (W_block, block) if needs.x and fused else (None, None)
                 backend.factor_grad(block, part, through_G.with_columns(dA_block), *merged)
-            elif needs.x:
+            if needs.x and not fused:
                 backend.merge(part, W_block, block)
             if dx_block is not None:
                 torch.mm(dy, block, out=dx_block)

@@ -57,7 +57,7 @@ def _truncated() -> str | None:
 def _declare(library: ctypes.CDLL) -> None:
     for names in (library.snell_isa, library.snell_kernel_functions, library.snell_gates):
         names.restype = c_char_p
-    library.snell_merge.argtypes = [POINTER(_Update), POINTER(_Matrix), POINTER(_Matrix)]
+    library.snell_merge.argtypes = [POINTER(_Update), POINTER(_Update), POINTER(_Matrix), POINTER(_Matrix)]
     library.snell_select.argtypes = [POINTER(_Update), c_int64, c_void_p]
     library.snell_density.argtypes = [POINTER(_Update), c_int64, POINTER(c_double)]
     matrix = POINTER(_Matrix)
@@ -153,7 +153,8 @@ def select(A: Tensor, B: Tensor, theta: Tensor, spec: Spec, k: int) -> Tensor:
 def merge(update: Update, weight: Tensor | None, out: Tensor) -> None:
     """dW or weight + dW into ``out``; rows of both contiguous, strides between rows free."""
     assert _library is not None
-    _check(_library.snell_merge(byref(_struct(*update)), byref(_matrix(weight)), byref(_matrix(out))))
+    start = None if update.start is None else byref(_struct(*update.start[:5]))
+    _check(_library.snell_merge(byref(_struct(*update[:5])), start, byref(_matrix(weight)), byref(_matrix(out))))
 
 
 def factor_grad(update: Update, grads: Gradients, G: Tensor, weight: Tensor | None, merged: Tensor | None) -> None:
@@ -177,7 +178,7 @@ def _factor_grad(
     update: Update, grads: Gradients, G: _Matrix, tokens: _Tokens, weight: _Matrix, merged: _Matrix
 ) -> None:
     assert _library is not None
-    inputs = byref(_struct(*update)), byref(G), byref(tokens), byref(weight), byref(merged)
+    inputs = byref(_struct(*update[:5])), byref(G), byref(tokens), byref(weight), byref(merged)
     _check(_library.snell_factor_grad(*inputs, grads.A.data_ptr(), grads.B.data_ptr(), grads.theta.data_ptr()))
 
 
@@ -185,7 +186,7 @@ def density(update: Update, samples: int) -> float:
     """The share of entries that survive, estimated from ``samples`` random ones, the same every time."""
     assert _library is not None
     share = c_double()
-    _check(_library.snell_density(byref(_struct(*update)), samples, byref(share)))
+    _check(_library.snell_density(byref(_struct(*update[:5])), samples, byref(share)))
     return share.value
 
 

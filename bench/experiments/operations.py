@@ -55,18 +55,18 @@ def operations(layer: SnellLinear, x: torch.Tensor, grad_y: torch.Tensor) -> dic
         core.select(update)
 
     def merge() -> None:
-        for B, W in zip(update.B.split(rows), weight.split(rows), strict=True):
-            backend.merge(update.with_rows(B), W, workspace[: W.numel()].view(-1, n))
+        for part, W in zip(update.split(rows, 0), weight.split(rows), strict=True):
+            backend.merge(part, W, workspace[: W.numel()].view(-1, n))
 
     def survivors() -> None:
         took = backend.factor_grad_of_tokens(grad_y, x, update, grads)
         assert took, "the layer would not take the survivors alone either"
 
     def gradients() -> None:
-        parts = update.A.split(columns), weight.split(columns, 1), grads.A.split(columns)
-        for A, W, dA in zip(*parts, strict=True):
+        parts = update.split(columns, 1), weight.split(columns, 1), grads.A.split(columns)
+        for part, W, dA in zip(*parts, strict=True):
             G = workspace[: W.numel()].view(m, -1)
-            backend.factor_grad(G, update.with_columns(A), grads.with_columns(dA), W, G)
+            backend.factor_grad(G, part, grads.with_columns(dA), W, G)
 
     # A subtraction and a multiply-add a rank column, each an instruction, as a GEMM's multiply-add of 2 flops is.
     K = 4 * RANK * entries

@@ -9,7 +9,7 @@
 
 #define SNELL_DECLARE(isa)                                                                                     \
   namespace snell::isa {                                                                                       \
-  void merge(const SnellUpdate&, const SnellMatrix*, const SnellMatrix*);                                      \
+  void merge(const SnellUpdate&, const SnellUpdate*, const SnellMatrix*, const SnellMatrix*);                  \
   void select(const SnellUpdate&, int64_t, void*);                                                             \
   void density(const SnellUpdate&, int64_t, double*);                                                          \
   void factor_grad(const SnellUpdate&, const SnellMatrix*, const SnellTokens*, const SnellMatrix*,             \
@@ -74,8 +74,9 @@ SNELL_EXPORT const char* snell_isa() { return table.name; }
 SNELL_EXPORT const char* snell_kernel_functions() { return &(SNELL_KERNEL_FUNCTIONS(SNELL_NAME))[1]; }
 SNELL_EXPORT const char* snell_gates() { return &(SNELL_GATES(SNELL_NAME))[1]; }
 
-SNELL_EXPORT int snell_merge(const SnellUpdate* u, const SnellMatrix* weight, const SnellMatrix* out) {
-  return guarded([&] { table.merge(*u, weight, out); });
+SNELL_EXPORT int snell_merge(const SnellUpdate* u, const SnellUpdate* start, const SnellMatrix* weight,
+                             const SnellMatrix* out) {
+  return guarded([&] { table.merge(*u, start, weight, out); });
 }
 
 SNELL_EXPORT int snell_select(const SnellUpdate* u, int64_t k, void* tau) {

@@ -1,4 +1,7 @@
-// merge: out = weight + K * gate(|K|), or K * gate(|K|) without a weight, in one pass.
+// merge: out = weight + K * gate(|K|), or K * gate(|K|) without a weight, in one pass. K * gate(|K|) of a start, which
+// has the update's shape, is subtracted first.
+#include <optional>
+
 #include "merge.h"
 
 namespace snell::SNELL_ISA {
@@ -6,15 +9,29 @@ namespace snell::SNELL_ISA {
 template <class KF, class T>
 struct Merge {
   const Operand<T>& u;
+  const Operand<T>* start;  // null: none
   const SnellMatrix &weight, &out;
 
+  static SNELL_INLINE void delta_tile(const Operand<T>& u, const T* panel, const T* const* b,
+                                      Vec<T> (&delta)[ROWS][COLUMNS]) {
+    kappa_tile<KF>(u, panel, b, delta);
+    for (auto& row : delta)
+      for (auto& v : row) v *= gate_of<T>(abs(v), u.tau, u.gate);
+  }
   SNELL_INLINE void tile(int64_t row, int rows, int64_t column, int columns, const T* panel, const T* const* b) {
-    Vec<T> K[ROWS][COLUMNS];
-    kappa_tile<KF>(u, panel, b, K);
+    Vec<T> delta[ROWS][COLUMNS];
+    delta_tile(u, panel, b, delta);
+    if (start) {
+      Vec<T> first[ROWS][COLUMNS];
+      const T* first_b[ROWS];
+      for (int r = 0; r < ROWS; ++r) first_b[r] = start->B + (b[r] - u.B);
+      delta_tile(*start, start->packed.get() + (panel - u.packed.get()), first_b, first);
+      for (int r = 0; r < ROWS; ++r)
+        for (int c = 0; c < COLUMNS; ++c) delta[r][c] -= first[r][c];
+    }
     for (int r = 0; r < rows; ++r)
       for (int c = 0; c < COLUMNS && c * LANES<T> < columns; ++c)
-        write_merged<T>(out, weight, row + r, column + c * LANES<T>, columns - c * LANES<T>,
-                        K[r][c] * gate_of<T>(abs(K[r][c]), u.tau, u.gate));
+        write_merged<T>(out, weight, row + r, column + c * LANES<T>, columns - c * LANES<T>, delta[r][c]);
   }
   SNELL_INLINE void ahead(int64_t row, int64_t from, int64_t to) {
     prefetch(weight, row, from, to);
@@ -22,17 +39,22 @@ struct Merge {
   }
   SNELL_INLINE void flush(int64_t, int, int64_t) {}
 
-  static void run(const SnellUpdate& update, const SnellMatrix* weight, const SnellMatrix* out) {
+  static void run(const SnellUpdate& update, const SnellUpdate* start, const SnellMatrix* weight,
+                  const SnellMatrix* out) {
     Operand<T> u(update, KF::grouped);
+    std::optional<Operand<T>> first;
+    if (start) first.emplace(*start, KF::grouped);
 #pragma omp parallel num_threads(u.threads) if (u.threads > 1)
     {
-      Merge body{u, *weight, *out};
+      Merge body{u, first ? &*first : nullptr, *weight, *out};
       int t = omp_get_thread_num(), team = omp_get_num_threads();
       sweep(u, u.first_row(t, team), u.first_row(t + 1, team), body);
     }
   }
 };
 
-void merge(const SnellUpdate& u, const SnellMatrix* weight, const SnellMatrix* out) { dispatch<Merge>(u, weight, out); }
+void merge(const SnellUpdate& u, const SnellUpdate* start, const SnellMatrix* weight, const SnellMatrix* out) {
+  dispatch<Merge>(u, start, weight, out);
+}
 
 }  // namespace snell::SNELL_ISA

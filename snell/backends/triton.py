@@ -25,7 +25,8 @@ class TritonBackend(Backend):
     remembers = True
 
     def prepare(self, update: Update) -> Update:
-        return update.with_rows(launch.k_major(update.B)).with_columns(launch.k_major(update.A))
+        start = None if update.start is None else self.prepare(update.start)
+        return update._replace(A=launch.k_major(update.A), B=launch.k_major(update.B), start=start)
 
     def merge(self, update: Update, weight: Tensor | None, out: Tensor) -> None:
         merge.merge(update, weight, out)
