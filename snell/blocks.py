@@ -69,6 +69,18 @@ def _block(workspace: Tensor, weight: Tensor | None, rows: int, cols: int) -> Te
     return workspace.view(rows, cols)
 
 
+def _adds_nothing(update: Update, weight: Tensor, like: Tensor) -> bool:
+    """Whether W0 + dW is W0, because the update still is its start. Then one GEMM has the base layer's own bits.
+
+    Asked of tensors in host memory alone: on a GPU the host would have to wait.
+    """
+    start = update.start
+    if start is None or weight.dtype != like.dtype or like.device.type != "cpu":
+        return False
+    # tau first: it is one number, and training moves it.
+    return all(map(torch.equal, (update.tau, *update[:3]), (start.tau, *start[:3])))
+
+
 def merge(update: Update, weight: Tensor | None) -> Tensor:
     """The whole of dW or weight + dW."""
     out = torch.empty(update.shape, dtype=(update.A if weight is None else weight).dtype, device=update.A.device)
@@ -89,6 +101,8 @@ def linear_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, update
     y = x.new_empty(*x.shape[:-1], m)
     if not y.numel():
         return y
+    if weight is not None and _adds_nothing(update, weight, x):
+        return torch.nn.functional.linear(x, weight, bias)
     x2, y2 = _as_matrix(x, n), _as_matrix(y, m)
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
@@ -124,12 +138,15 @@ def linear_backward(
     through_G = grads
     if grads is not None and x2 is not None and not needs.weight:
         through_G = None if backend.factor_grad_of_tokens(dy, x2, update, grads) else grads
+    if grad_x is not None and weight is not None and _adds_nothing(update, weight, dy):
+        torch.mm(dy, weight, out=_as_matrix(grad_x, n))
+        needs = needs._replace(x=False)
     need_G = needs.weight or through_G is not None
     if need_G or needs.x:
         cols = block_length(m * dy.element_size(), n, dy.device.type)
         update = backend.prepare(update)
         workspace = dy.new_empty(m * cols)
-        dx = None if grad_x is None else _as_matrix(grad_x, n)
+        dx = None if grad_x is None or not needs.x else _as_matrix(grad_x, n)
         dA = None if through_G is None else through_G.A
         # factor_grad writes W0 + dW of an update without a start. The other's takes a pass of its own.
         fused = through_G is not None and update.start is None

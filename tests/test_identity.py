@@ -41,23 +41,30 @@ SETTINGS = [*product(KERNELS, GATES_THAT_COMPETE, [0.8]), ("piecewise_linear", "
 
 
 def thinned(backend: str) -> list[tuple[str, str, float]]:
-    return SETTINGS[::5] if backend == "triton" else SETTINGS
+    return SETTINGS[::7] if backend == "triton" else SETTINGS
 
 
-def test_a_fresh_layer_is_its_base_to_the_bit(backend) -> None:
-    for setting, dtype in product(thinned(backend), (torch.float32, torch.bfloat16, torch.float64)):
+def test_a_fresh_layer_is_its_base_to_the_bit(monkeypatch, backend) -> None:
+    """Also by merge's own bits, as on a GPU, where the host does not ask whether the factors have moved."""
+    dtypes = torch.float32, torch.bfloat16, torch.float64
+    for setting, dtype in product(thinned(backend), dtypes[: 2 if backend == "triton" else 3]):
         layer = started(*setting, dtype=dtype)
         assert bits(functional.dense(layer._update(), weight=layer.weight)).equal(bits(layer.weight)), (setting, dtype)
-        for tokens in (19, 5):  # few tokens take another path on some backends
+        for asked, tokens in ((True, 5), (False, 19), (False, 5)):  # few tokens take another path on some backends
+            if not asked:
+                monkeypatch.setattr("snell.blocks._adds_nothing", lambda *_: False)
             x, dy = torch.randn(tokens, N, dtype=dtype), torch.randn(tokens, M, dtype=dtype)
             mine, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
             y, base = layer(mine), nn.functional.linear(theirs, layer.weight, layer.bias)
             torch.autograd.backward([y, base], [dy, dy])
             assert mine.grad.equal(theirs.grad), (setting, dtype)
-            if backend != "triton" or tokens == 19:
+            if backend == "triton" and tokens == 5 and not asked:  # a kernel of its own, which sums in another order
+                torch.testing.assert_close(y, base)
+            else:
                 assert y.equal(base), (setting, dtype)
             assert layer.snell_A.grad.any()
             assert layer.snell_B.grad.any()
+        monkeypatch.undo()
 
 
 def test_the_start_is_a_constant_and_the_gradients_are_those_of_the_update_alone(backend) -> None:
@@ -99,6 +106,24 @@ def test_a_trained_layer_adds_the_difference_of_both_updates(backend) -> None:
         y = functional.linear(x, None, None, update)
         assert_within(y.detach().T, value, rounded(value, error + first_error + 2**-22 * delta.abs(), dtype), "x dW^T")
         assert layer(x).equal(nn.functional.linear(x, functional.dense(update, weight=layer.weight), layer.bias))
+
+
+def test_a_large_fresh_layer_is_its_base_to_the_bit_though_it_is_computed_in_blocks(monkeypatch, backend) -> None:
+    """A GEMM in blocks may round otherwise; so these blocks are made to."""
+    monkeypatch.setattr("snell.blocks.WORKSPACE_BYTES", 16 * N * 4)
+    monkeypatch.setattr("snell.blocks.BLOCK_MULTIPLE", 4)
+    layer = started()
+    x, dy = torch.randn(2, 3, N, requires_grad=True), torch.randn(2, 3, M)
+    base = nn.functional.linear(x, layer.weight, layer.bias)
+    (expected,) = torch.autograd.grad(base, x, dy)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(backends.serving("cpu")), "merge", lambda *_: pytest.fail("W0 + dW is written"))
+        y = layer(x)
+        assert y.equal(base)
+        assert torch.autograd.grad(y, x, dy, retain_graph=True)[0].equal(expected)
+    with torch.no_grad():
+        layer.snell_B[0, 0] += 1
+    assert not layer(x).equal(base)
 
 
 def test_blocks_of_a_large_layer_carry_their_part_of_the_start(monkeypatch, backend) -> None:
@@ -230,9 +255,7 @@ def test_settings_that_do_not_fit_are_refused_by_name(options, error) -> None:
         started(**options)
 
 
-def test_compiled_whole_it_gives_the_same(backend) -> None:
-    if backend == "triton":
-        pytest.skip("the interpreter is not compiled")
+def test_compiled_whole_it_gives_the_same() -> None:
     layer = moved(started())
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")

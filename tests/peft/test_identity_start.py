@@ -129,8 +129,9 @@ def test_without_competition_and_with_a_dot_product_b_starts_at_zero_as_before()
     assert SnellConfig.from_peft_type(**{k: v for k, v in config.items() if k != "peft_version"}).init_seed == 0
 
 
-def test_a_change_of_dtype_and_empty_tensors_keep_the_start():
-    model, untouched = adapted("llama", **IDENTITY, kernel="sigmoid")
+@pytest.mark.parametrize("kernel", ["piecewise_linear", "sigmoid"])
+def test_a_change_of_dtype_and_empty_tensors_keep_the_start(kernel):
+    model, untouched = adapted("llama", **IDENTITY | {"scale": 0.1, "kernel": kernel})  # 0.1 is no float32 number
     inputs = batch("llama")
     double = logits(untouched.double(), inputs)
     assert logits(model.double(), inputs).equal(double)
