@@ -148,8 +148,6 @@ def linear_backward(
         workspace = dy.new_empty(m * cols)
         dx = None if grad_x is None or not needs.x else _as_matrix(grad_x, n)
         dA = None if through_G is None else through_G.A
-        # factor_grad writes W0 + dW of an update without a start. The other's takes a pass of its own.
-        fused = through_G is not None and update.start is None
         for part, W_block, x_block, dx_block, dW_block, dA_block in _blocks(
             cols, n, (update, 1), (weight, 1), (x2 if need_G else None, 1), (dx, 1), (grad_weight, 1), (dA, 0)
         ):
@@ -159,9 +157,9 @@ def linear_backward(
             if dW_block is not None:
                 dW_block.copy_(block)
             if through_G is not None:
-                merged = (W_block, block) if needs.x and fused else (None, None)
+                merged = (W_block, block) if needs.x else (None, None)
                 backend.factor_grad(block, part, through_G.with_columns(dA_block), *merged)
-            if needs.x and not fused:
+            elif needs.x:
                 backend.merge(part, W_block, block)
             if dx_block is not None:
                 torch.mm(dy, block, out=dx_block)

@@ -62,7 +62,8 @@ def _declare(library: ctypes.CDLL) -> None:
     library.snell_density.argtypes = [POINTER(_Update), c_int64, POINTER(c_double)]
     matrix = POINTER(_Matrix)
     gradients = [c_void_p] * 3
-    library.snell_factor_grad.argtypes = [POINTER(_Update), matrix, POINTER(_Tokens), matrix, matrix, *gradients]
+    updates = [POINTER(_Update)] * 2
+    library.snell_factor_grad.argtypes = [*updates, matrix, POINTER(_Tokens), matrix, matrix, *gradients]
     library.snell_fingerprint.argtypes = [c_int, POINTER(c_void_p), POINTER(c_int64), POINTER(c_uint64)]
     library.snell_fingerprint.restype = None
 
@@ -133,6 +134,11 @@ def _struct(A: Tensor, B: Tensor, theta: Tensor, tau: Tensor | None, spec: Spec)
     )
 
 
+def _structs(update: Update) -> tuple:
+    """The update and its start, by reference."""
+    return byref(_struct(*update[:5])), None if update.start is None else byref(_struct(*update.start[:5]))
+
+
 def _matrix(matrix: Tensor | None) -> _Matrix:
     return _NO_MATRIX if matrix is None else _Matrix(_address(matrix), matrix.stride(0), _DTYPES[matrix.dtype])
 
@@ -153,8 +159,7 @@ def select(A: Tensor, B: Tensor, theta: Tensor, spec: Spec, k: int) -> Tensor:
 def merge(update: Update, weight: Tensor | None, out: Tensor) -> None:
     """dW or weight + dW into ``out``; rows of both contiguous, strides between rows free."""
     assert _library is not None
-    start = None if update.start is None else byref(_struct(*update.start[:5]))
-    _check(_library.snell_merge(byref(_struct(*update[:5])), start, byref(_matrix(weight)), byref(_matrix(out))))
+    _check(_library.snell_merge(*_structs(update), byref(_matrix(weight)), byref(_matrix(out))))
 
 
 def factor_grad(update: Update, grads: Gradients, G: Tensor, weight: Tensor | None, merged: Tensor | None) -> None:
@@ -178,7 +183,7 @@ def _factor_grad(
     update: Update, grads: Gradients, G: _Matrix, tokens: _Tokens, weight: _Matrix, merged: _Matrix
 ) -> None:
     assert _library is not None
-    inputs = byref(_struct(*update[:5])), byref(G), byref(tokens), byref(weight), byref(merged)
+    inputs = *_structs(update), byref(G), byref(tokens), byref(weight), byref(merged)
     _check(_library.snell_factor_grad(*inputs, grads.A.data_ptr(), grads.B.data_ptr(), grads.theta.data_ptr()))
 
 

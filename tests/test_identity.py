@@ -13,6 +13,7 @@ from cases import GATES_THAT_COMPETE, KERNELS
 from snell import SnellLinear, backends, competition, functional, initial, reference
 from snell.spec import Spec
 from snell.testing.bounds import Expected, assert_within, rounded
+from snell.update import Gradients
 
 M, N = 29, 43
 
@@ -80,6 +81,17 @@ def test_the_start_is_a_constant_and_the_gradients_are_those_of_the_update_alone
         for parameter, leaf in zip((layer.snell_A, layer.snell_B, layer.snell_theta), leaves, strict=True):
             if parameter.requires_grad and parameter.numel():
                 assert parameter.grad.equal(leaf.grad), setting
+
+
+def test_factor_grad_writes_the_bits_of_merge_with_a_start_too(backend) -> None:
+    for setting, dtype in product(thinned(backend), (torch.float32, torch.bfloat16)):
+        layer = moved(started(*setting, dtype=dtype))
+        update, weight = layer._update(), layer.weight.detach()
+        for out, base in product((torch.randn(M, N, dtype=dtype), torch.randn(N, M, dtype=dtype).t()), (weight, None)):
+            backends.of(update.A).factor_grad(out, update, Gradients.zeros(update), base, out)
+            expected = torch.empty_like(out)
+            backends.of(update.A).merge(update, base, expected)
+            assert out.equal(expected), (setting, dtype)
 
 
 def test_a_trained_layer_adds_the_difference_of_both_updates(backend) -> None:

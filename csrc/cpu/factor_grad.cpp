@@ -49,6 +49,7 @@ template <class KF, class T>
 struct FactorGrad {
   static constexpr unsigned ALL = (1u << (LANES<T> - 1) << 1) - 1;
   const Operand<T>& u;
+  const Operand<T>* start;  // what the merged weight is less; null: nothing
   const Padded<T>&A, &B;
   const SnellMatrix &G, &weight, &merged;
   const T *dY, *X;  // [m, tokens] and [n, tokens]; used if G is absent
@@ -62,6 +63,8 @@ struct FactorGrad {
   SNELL_INLINE void tile(int64_t row, int rows, int64_t column, int columns, const T* panel, const T* const* b) {
     Vec<T> K[ROWS][COLUMNS];
     kappa_tile<KF>(u, panel, b, K, kept.data());
+    Vec<T> first[ROWS][COLUMNS];
+    if (start) start_tile<KF>(u, *start, panel, b, first);
     const int groups = u.groups, gate_kind = u.gate;
     const T tau = u.tau;
     const int32_t local = int32_t(column % (u.chunk * TILE<T>));
@@ -82,7 +85,11 @@ struct FactorGrad {
         for (int p = 0; p < groups; ++p)
           compress(&list.kept[p * capacity + count], kept[(p * ROWS + r) * COLUMNS + c], survive);
         count += __builtin_popcount(survive);
-        if (merged.data) write_merged<T>(merged, weight, row + r, j, lanes, K[r][c] * gate);
+        if (merged.data) {
+          Vec<T> delta = K[r][c] * gate;
+          if (start) delta -= first[r][c];
+          write_merged<T>(merged, weight, row + r, j, lanes, delta);
+        }
       }
       list.count = count;
     }
@@ -173,9 +180,10 @@ struct FactorGrad {
     for (int l = 0; l < lanes; ++l) to[l] += total[l];
   }
 
-  static void run(const SnellUpdate& update, const SnellMatrix* G, const SnellTokens* activations,
+  static void run(const SnellUpdate& update, const SnellUpdate* start, const SnellMatrix* G, const SnellTokens* activations,
                   const SnellMatrix* weight, const SnellMatrix* merged, void* grad_A, void* grad_B, void* grad_theta) {
     Operand<T> u(update, KF::grouped);
+    std::optional<Operand<T>> first = start_operand<T>(merged->data ? start : nullptr, KF::grouped);
     Padded<T> A(u, u.A, u.n), B(u, u.B, u.m);
     // Each thread has its own dA. A single thread uses the caller's, if that needs no padding.
     T* total = static_cast<T*>(grad_A);
@@ -190,7 +198,7 @@ struct FactorGrad {
 #pragma omp parallel num_threads(u.threads) if (u.threads > 1)
     {
       int t = omp_get_thread_num(), team = omp_get_num_threads();
-      FactorGrad body{u, A, B, *G, *weight, *merged,
+      FactorGrad body{u, first ? &*first : nullptr, A, B, *G, *weight, *merged,
                       static_cast<const T*>(activations->grad_y), static_cast<const T*>(activations->x),
                       activations->tokens, direct ? total : parts[t].get(), static_cast<T*>(grad_B), {}, {}, {}, {}};
       for (int r = 0; r < ROWS; ++r) body.lists.emplace_back(std::min(u.chunk, u.panels) * TILE<T>, u.groups);
@@ -220,9 +228,9 @@ struct FactorGrad {
 
 }  // namespace
 
-void factor_grad(const SnellUpdate& u, const SnellMatrix* G, const SnellTokens* activations, const SnellMatrix* weight,
-                 const SnellMatrix* merged, void* grad_A, void* grad_B, void* grad_theta) {
-  dispatch<FactorGrad>(u, G, activations, weight, merged, grad_A, grad_B, grad_theta);
+void factor_grad(const SnellUpdate& u, const SnellUpdate* start, const SnellMatrix* G, const SnellTokens* activations,
+                 const SnellMatrix* weight, const SnellMatrix* merged, void* grad_A, void* grad_B, void* grad_theta) {
+  dispatch<FactorGrad>(u, start, G, activations, weight, merged, grad_A, grad_B, grad_theta);
 }
 
 }  // namespace snell::SNELL_ISA

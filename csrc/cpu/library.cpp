@@ -12,8 +12,8 @@
   void merge(const SnellUpdate&, const SnellUpdate*, const SnellMatrix*, const SnellMatrix*);                  \
   void select(const SnellUpdate&, int64_t, void*);                                                             \
   void density(const SnellUpdate&, int64_t, double*);                                                          \
-  void factor_grad(const SnellUpdate&, const SnellMatrix*, const SnellTokens*, const SnellMatrix*,             \
-                   const SnellMatrix*, void*, void*, void*);                                                   \
+  void factor_grad(const SnellUpdate&, const SnellUpdate*, const SnellMatrix*, const SnellTokens*,             \
+                   const SnellMatrix*, const SnellMatrix*, void*, void*, void*);                               \
   }
 #define SNELL_TABLE(isa) {#isa, snell::isa::merge, snell::isa::select, snell::isa::density, snell::isa::factor_grad}
 
@@ -88,10 +88,10 @@ SNELL_EXPORT int snell_density(const SnellUpdate* u, int64_t samples, double* de
   return guarded([&] { table.density(*u, samples, density); });
 }
 
-SNELL_EXPORT int snell_factor_grad(const SnellUpdate* u, const SnellMatrix* G, const SnellTokens* activations,
-                                   const SnellMatrix* weight, const SnellMatrix* merged, void* grad_A, void* grad_B,
-                                   void* grad_theta) {
-  return guarded([&] { table.factor_grad(*u, G, activations, weight, merged, grad_A, grad_B, grad_theta); });
+SNELL_EXPORT int snell_factor_grad(const SnellUpdate* u, const SnellUpdate* start, const SnellMatrix* G,
+                                   const SnellTokens* activations, const SnellMatrix* weight, const SnellMatrix* merged,
+                                   void* grad_A, void* grad_B, void* grad_theta) {
+  return guarded([&] { table.factor_grad(*u, start, G, activations, weight, merged, grad_A, grad_B, grad_theta); });
 }
 
 // A 128-bit hash of tensors: four lanes of multiply and fold. At the end each lane is mixed into its neighbour, so that

@@ -1,7 +1,5 @@
 // merge: out = weight + K * gate(|K|), or K * gate(|K|) without a weight, in one pass. K * gate(|K|) of a start, which
 // has the update's shape, is subtracted first.
-#include <optional>
-
 #include "merge.h"
 
 namespace snell::SNELL_ISA {
@@ -12,20 +10,12 @@ struct Merge {
   const Operand<T>* start;  // null: none
   const SnellMatrix &weight, &out;
 
-  static SNELL_INLINE void delta_tile(const Operand<T>& u, const T* panel, const T* const* b,
-                                      Vec<T> (&delta)[ROWS][COLUMNS]) {
-    kappa_tile<KF>(u, panel, b, delta);
-    for (auto& row : delta)
-      for (auto& v : row) v *= gate_of<T>(abs(v), u.tau, u.gate);
-  }
   SNELL_INLINE void tile(int64_t row, int rows, int64_t column, int columns, const T* panel, const T* const* b) {
     Vec<T> delta[ROWS][COLUMNS];
-    delta_tile(u, panel, b, delta);
+    delta_tile<KF>(u, panel, b, delta);
     if (start) {
       Vec<T> first[ROWS][COLUMNS];
-      const T* first_b[ROWS];
-      for (int r = 0; r < ROWS; ++r) first_b[r] = start->B + (b[r] - u.B);
-      delta_tile(*start, start->packed.get() + (panel - u.packed.get()), first_b, first);
+      start_tile<KF>(u, *start, panel, b, first);
       for (int r = 0; r < ROWS; ++r)
         for (int c = 0; c < COLUMNS; ++c) delta[r][c] -= first[r][c];
     }
@@ -42,8 +32,7 @@ struct Merge {
   static void run(const SnellUpdate& update, const SnellUpdate* start, const SnellMatrix* weight,
                   const SnellMatrix* out) {
     Operand<T> u(update, KF::grouped);
-    std::optional<Operand<T>> first;
-    if (start) first.emplace(*start, KF::grouped);
+    std::optional<Operand<T>> first = start_operand<T>(start, KF::grouped);
 #pragma omp parallel num_threads(u.threads) if (u.threads > 1)
     {
       Merge body{u, first ? &*first : nullptr, *weight, *out};

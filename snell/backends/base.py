@@ -44,8 +44,8 @@ class Backend(ABC):
     ) -> None:
         """Add the gradients from ``G [m, n]`` (dY^T X) to ``grads``.
 
-        The same pass writes weight + dW into ``merged``, if given: not for an update with a start. ``merged`` may be G
-        itself. A start is a constant and changes no gradient.
+        The same pass writes weight + dW into ``merged``, if given. ``merged`` may be G itself. A start is constant: it
+        changes ``merged`` alone.
         """
 
     def prepare(self, update: Update) -> Update:

@@ -25,10 +25,7 @@ class BlockedBackend(Backend):
 
     def merge(self, update: Update, weight: Tensor | None, out: Tensor) -> None:
         for i, j in _tiles(update):
-            delta = _delta(update, i, j)[1]
-            if update.start is not None:
-                delta -= _delta(update.start, i, j)[1]
-            _write(out[i, j], None if weight is None else weight[i, j], delta)
+            _write(out[i, j], None if weight is None else weight[i, j], _delta(update, i, j)[1])
 
     @torch.no_grad()
     def factor_grad(
@@ -55,10 +52,10 @@ def _tiles(update: Update) -> Iterator[tuple[slice, slice]]:
 
 def _delta(update: Update, i: slice, j: slice) -> tuple[Tensor, Tensor]:
     """A tile's gates and dW."""
-    A, B, theta, tau, spec, _ = update
+    A, B, theta, tau, spec, start = update
     K = kernel_matrix(A[j], B[i], theta, kernel=spec.kernel, groups=spec.groups)
     gates = gate_values(K, tau, gate=spec.gate)
-    return gates, K * gates
+    return gates, K * gates if start is None else K * gates - _delta(start, i, j)[1]
 
 
 def _write(out: Tensor, weight: Tensor | None, delta: Tensor) -> None:

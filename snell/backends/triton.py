@@ -34,7 +34,11 @@ class TritonBackend(Backend):
     def factor_grad(
         self, G: Tensor, update: Update, grads: Gradients, weight: Tensor | None = None, merged: Tensor | None = None
     ) -> None:
-        factor_grad.factor_grad(G, update, grads, weight, merged)
+        if merged is None or update.start is None:
+            factor_grad.factor_grad(G, update, grads, weight, merged)
+        else:  # beside the two products, the start's factors would spill
+            factor_grad.factor_grad(G, update, grads)
+            merge.merge(update, weight, merged)
 
     @torch.no_grad()
     def select(self, A: Tensor, B: Tensor, theta: Tensor, spec: Spec, k: int) -> Tensor:
