@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from weakref import WeakValueDictionary
 
 import torch
@@ -82,15 +82,18 @@ class Start:
     update: Update
     scale: float
     seed: int
+    elsewhere: dict[tuple, Start] = field(default_factory=dict, repr=False)
 
     def like(self, A: Tensor) -> Start:
-        """The same with A's device and dtype."""
-        kept = self.update.A
-        if (kept.device, kept.dtype) == (A.device, A.dtype):
+        """The same with A's device and dtype. FSDP moves a layer's parameters without telling the layer."""
+        kept, place = self.update.A, (A.device, A.dtype)
+        if (kept.device, kept.dtype) == place:
             return self
-        start = identity_start(len(self.update.B), A, self.update.spec, self.scale, self.seed)
-        assert start is not None  # it was before
-        return start
+        if place not in self.elsewhere:
+            start = identity_start(len(self.update.B), A, self.update.spec, self.scale, self.seed)
+            assert start is not None  # it was before
+            self.elsewhere[place] = start
+        return self.elsewhere[place]
 
 
 @torch.no_grad()

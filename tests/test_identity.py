@@ -256,6 +256,14 @@ def test_layers_of_one_shape_share_their_start_and_its_threshold(monkeypatch) ->
         layer(torch.randn(2, N))
     assert len(calls) == 1
     assert started(init_seed=12).snell_start is not layers[0].snell_start
+    # Moved without the layer's knowledge, as FSDP moves parameters: drawn there once.
+    layer = layers[0]
+    for parameter in layer.parameters():
+        parameter.data = parameter.data.double()
+    first, second = layer._update().start, layer._update().start
+    assert first is second
+    assert first.A.dtype == torch.float64
+    assert functional.dense(layer._update(), weight=layer.weight).equal(layer.weight)
 
 
 @pytest.mark.parametrize(

@@ -174,7 +174,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         return (self._parameters_of(name) for name in self.snell_A)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """Dense dW of one adapter, laid out as the base weight is, in float32 or, where the base is, float64."""
+        """Dense dW of one adapter, less its start's, laid out as the base weight is; float32, or float64 as the base."""
         delta = functional.dense(self._update(adapter))
         return delta.T if self.fan_in_fan_out else delta
 
@@ -182,8 +182,8 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the update of adapters into the base weight, in place.
 
-        Until they are unmerged the layer keeps the weights that survivors replaced, (1 - s) * m * n numbers an
-        adapter, so that unmerging gives the base weight back bit for bit.
+        Until they are unmerged the layer keeps the weights that change, (1 - s) * m * n numbers an adapter and up to
+        twice as many with an identity start, so that unmerging gives the base weight back bit for bit.
 
         Args:
             safe_merge: look for NaN and infinity before the weight is touched.
