@@ -174,7 +174,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         return (self._parameters_of(name) for name in self.snell_A)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """Dense dW of one adapter, less its start's, laid out as the base weight is; float32, or float64 as the base."""
+        """Dense dW of one adapter, less its start's, laid out as the base weight; float32, or float64 as that."""
         delta = functional.dense(self._update(adapter))
         return delta.T if self.fan_in_fan_out else delta
 
