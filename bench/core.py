@@ -40,7 +40,7 @@ def new_update(m: int, n: int, rank: int, device: str, sparsity: float = 0.9) ->
 
 def select(update: Update) -> Tensor:
     """tau; remembered while the factors stay as they are."""
-    A, B, theta, _, spec = update
+    A, B, theta, _, spec, _ = update
     return functional.update(A, B, theta, spec).tau
 
 
@@ -91,11 +91,7 @@ def kernel_calls(update: Update, dtype: torch.dtype, columns: int | None = None)
     update, (m, n) = triton.prepare(update), update.shape
     block = min(columns or n, n)
     weight, G, base = (torch.randn(m, width, device=update.A.device).to(dtype) for width in (n, block, block))
-    x, bias, part = (
-        torch.randn(4, n, device=update.A.device).to(dtype),
-        weight[:, 0],
-        update.with_columns(update.A[:block]),
-    )
+    x, bias, part = torch.randn(4, n, device=update.A.device).to(dtype), weight[:, 0], update.columns(slice(block))
     grads, fingerprint = Gradients.zeros(part), torch.zeros((), dtype=torch.int64, device=update.A.device)
 
     def select_anew() -> Tensor:

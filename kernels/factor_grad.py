@@ -235,7 +235,7 @@ def factor_grad(
     G: Tensor, update: Update, grads: Gradients, weight: Tensor | None = None, merged: Tensor | None = None
 ) -> None:
     """Add to ``grads``, with float32 factors; G, weight and merged may have any strides."""
-    A, B, theta, tau, spec = update
+    A, B, theta, tau, spec, _ = update
     (m, n), rank = G.shape, spec.rank
     row = launch.row("factor_grad_many" if spec.num_statistics > 2 else "factor_grad", G)
     A, B = launch.k_major(A), launch.k_major(B)

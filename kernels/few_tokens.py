@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from snell.kernels import launch
-from snell.kernels.kappa import gate_value, kernel_value, pair_statistics
+from snell.kernels.kappa import gate_value, kernel_value, less_start, pair_statistics
 from snell.kernels.merge import add_update, tile_pointers
 from snell.update import Update
 
@@ -42,6 +42,7 @@ def few_tokens_kernel(
     m,
     n,
     still,
+    start,
     RANK: tl.constexpr,
     GROUPS: tl.constexpr,
     STATISTIC: tl.constexpr,
@@ -68,6 +69,9 @@ def few_tokens_kernel(
         statistics = pair_statistics(factors, indices, RANK, GROUPS, STATISTIC)
         K = kernel_value(statistics, theta_ptr, KERNEL)
         gate = gate_value(K, tau_ptr, GATE)
+        if start is not None:
+            K = less_start(K, gate, start, indices, RANK, GROUPS, STATISTIC, KERNEL, GATE)
+            gate = tl.full(K.shape, 1.0, tl.float32)
         if HAS_WEIGHT:
             weight = tl.load(
                 tile_pointers(weight_ptr, rows, cols, weight_row_stride, weight_col_stride), row_mask & col_mask, 0.0
@@ -99,7 +103,7 @@ def add_splits_kernel(split_ptr, bias_ptr, y_ptr, splits, size, m, HAS_BIAS: tl.
 
 def linear_few(x: Tensor, weight: Tensor | None, bias: Tensor | None, update: Update) -> Tensor:
     """y [tokens, m] of ``x [tokens, n]``, tokens <= TOKENS, with float32 factors and x below float64."""
-    A, B, theta, tau, spec = update
+    A, B, theta, tau, spec, _ = update
     (tokens, n), m = x.shape, B.shape[0]
     row = launch.row("few_tokens", x)
     x, A, B = x.contiguous(), launch.k_major(A), launch.k_major(B)
@@ -107,11 +111,11 @@ def linear_few(x: Tensor, weight: Tensor | None, bias: Tensor | None, update: Up
     splits = min(across, max(1, -(-PROGRAMS * launch.num_processors(x.device) // down)))
     sums = x.new_empty(splits * tokens * m, dtype=torch.float32)
     y = x.new_empty(tokens, m)
-    source = x if weight is None else weight
+    source, start = x if weight is None else weight, launch.start(update)
     launch.run(
         few_tokens_kernel,
         (down, splits),
-        (x, A, B, theta, tau, source, sums, A.stride(1), B.stride(1), *source.stride(), tokens, m, n, 0),
+        (x, A, B, theta, tau, source, sums, A.stride(1), B.stride(1), *source.stride(), tokens, m, n, 0, start),
         row,
         GATE=spec.gate,
         HAS_WEIGHT=weight is not None,

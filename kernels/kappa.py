@@ -144,6 +144,25 @@ def gate_value(K, tau_ptr, GATE: tl.constexpr):
 
 
 @triton.jit
+def less_start(
+    K,
+    gate,
+    start,
+    tile,
+    RANK: tl.constexpr,
+    GROUPS: tl.constexpr,
+    STATISTIC: tl.constexpr,
+    KERNEL: tl.constexpr,
+    GATE: tl.constexpr,
+):
+    """K * gate less the same of the start's entries (``launch.start``): 0 where both are equal."""
+    a_ptr, b_ptr, theta_ptr, tau_ptr, a_stride, b_stride = start
+    statistics = pair_statistics((b_ptr, a_ptr, b_stride, a_stride), tile, RANK, GROUPS, STATISTIC)
+    first = kernel_value(statistics, theta_ptr, KERNEL)
+    return K * gate - first * gate_value(first, tau_ptr, GATE)
+
+
+@triton.jit
 def theta_slope(H, statistic, theta_ptr, t: tl.constexpr, KERNEL: tl.constexpr):
     """H * dK/dtheta_t; a kernel function of groups has one theta a group, whose slope is that of t = 0."""
     terms = kernel_function(statistic, theta_ptr, 0, H, H, KERNEL)

@@ -13,6 +13,7 @@ from torch import Tensor
 from snell.kernels.kappa import STATISTICS
 from snell.kernels.table import TABLE, Row
 from snell.spec import Spec
+from snell.update import Update
 
 
 def k_major(factor: Tensor) -> Tensor:
@@ -54,6 +55,15 @@ def meta(spec: Spec) -> dict[str, Any]:
     """What the device functions of ``kappa`` are compiled for."""
     groups, statistic = spec.num_statistics, STATISTICS[spec.kernel]
     return {"RANK": spec.rank, "GROUPS": groups, "STATISTIC": statistic, "KERNEL": spec.kernel}
+
+
+def start(update: Update) -> tuple | None:
+    """The factors, theta, tau and strides of an update's start, as the kernels take them."""
+    if update.start is None:
+        return None
+    A, B, theta, tau = update.start[:4]
+    A, B = k_major(A), k_major(B)
+    return A, B, theta, tau, A.stride(1), B.stride(1)
 
 
 def tiles(m: int, n: int, row: Row) -> int:

@@ -1,7 +1,7 @@
 """``W0 + dW`` (or dW) of a block, written once: ``dW_ij = K_ij * gate(|K_ij|)``.
 
 A program owns one [BLOCK_M, BLOCK_N] tile: reads its weights once, adds dW in registers, writes once.
-An entry whose dW is zero gets the weight's own bits.
+An entry whose dW is zero gets the weight's own bits. A start's K * gate is subtracted in registers too.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from snell.kernels import launch
-from snell.kernels.kappa import gate_value, kernel_value, pair_statistics
+from snell.kernels.kappa import gate_value, kernel_value, less_start, pair_statistics
 from snell.update import Update
 
 
@@ -57,6 +57,7 @@ def merge_kernel(
     out_col_stride,
     m,
     n,
+    start,
     HAS_WEIGHT: tl.constexpr,
     RANK: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -71,6 +72,9 @@ def merge_kernel(
     statistics = pair_statistics((b_ptr, a_ptr, b_stride, a_stride), tile, RANK, GROUPS, STATISTIC)
     K = kernel_value(statistics, theta_ptr, KERNEL)
     gate = gate_value(K, tau_ptr, GATE)
+    if start is not None:
+        K = less_start(K, gate, start, tile, RANK, GROUPS, STATISTIC, KERNEL, GATE)
+        gate = tl.full(K.shape, 1.0, tl.float32)
     mask = row_mask & col_mask
     out_dtype = out_ptr.dtype.element_ty
     if HAS_WEIGHT:
@@ -83,14 +87,28 @@ def merge_kernel(
 
 def merge(update: Update, weight: Tensor | None, out: Tensor) -> None:
     """``weight + dW`` or dW into ``out``, with float32 factors; both may have any strides."""
-    A, B, theta, tau, spec = update
+    A, B, theta, tau, spec, _ = update
     (m, n), A, B = out.shape, launch.k_major(A), launch.k_major(B)
     source = out if weight is None else weight
     row = launch.row("merge", out)
     launch.run(
         merge_kernel,
         launch.tiles(m, n, row),
-        (A, B, theta, tau, source, out, A.stride(1), B.stride(1), *source.stride(), *out.stride(), m, n),
+        (
+            A,
+            B,
+            theta,
+            tau,
+            source,
+            out,
+            A.stride(1),
+            B.stride(1),
+            *source.stride(),
+            *out.stride(),
+            m,
+            n,
+            launch.start(update),
+        ),
         row,
         HAS_WEIGHT=weight is not None,
         GATE=spec.gate,

@@ -53,8 +53,8 @@ def _as_matrix(t: Tensor, features: int) -> Tensor:
     return t if t.dim() == 2 else t.reshape(-1, features)
 
 
-def _blocks(length: int, lines: int, *matrices: tuple[Tensor | None, int]) -> Iterable[tuple[Any, ...]]:
-    """Corresponding blocks of all matrices, of ``length`` rows (dim 0) or columns (dim 1); None stays None."""
+def _blocks(length: int, lines: int, *matrices: tuple[Tensor | Update | None, int]) -> Iterable[tuple[Any, ...]]:
+    """Corresponding blocks of matrices and updates, of ``length`` rows (dim 0) or columns (dim 1); None stays None."""
     if length >= lines:
         return (tuple(matrix for matrix, _ in matrices),)
     return zip(*(repeat(None) if t is None else t.split(length, dim) for t, dim in matrices), strict=False)
@@ -67,6 +67,18 @@ def _block(workspace: Tensor, weight: Tensor | None, rows: int, cols: int) -> Te
     if weight is not None and weight.stride(1) != 1 and weight.stride(0) == 1:
         return workspace.view(cols, rows).t()
     return workspace.view(rows, cols)
+
+
+def _adds_nothing(update: Update, weight: Tensor, like: Tensor) -> bool:
+    """Whether W0 + dW is W0, because the update still is its start. Then one GEMM has the base layer's own bits.
+
+    Asked of tensors in host memory alone: on a GPU the host would have to wait.
+    """
+    start = update.start
+    if start is None or weight.dtype != like.dtype or like.device.type != "cpu":
+        return False
+    # tau first: it is one number, and training moves it.
+    return all(map(torch.equal, (update.tau, *update[:3]), (start.tau, *start[:3])))
 
 
 def merge(update: Update, weight: Tensor | None) -> Tensor:
@@ -89,6 +101,8 @@ def linear_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, update
     y = x.new_empty(*x.shape[:-1], m)
     if not y.numel():
         return y
+    if weight is not None and _adds_nothing(update, weight, x):
+        return torch.nn.functional.linear(x, weight, bias)
     x2, y2 = _as_matrix(x, n), _as_matrix(y, m)
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
@@ -99,9 +113,9 @@ def linear_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, update
     rows = block_length(n * x.element_size(), m, x.device.type)
     workspace = x.new_empty(rows * n)
     update = backend.prepare(update)
-    for B_block, W_block, bias_block, y_block in _blocks(rows, m, (update.B, 0), (weight, 0), (bias, 0), (y2, 1)):
-        block = _block(workspace, weight, B_block.shape[0], n)
-        backend.merge(update.with_rows(B_block), W_block, block)
+    for part, W_block, bias_block, y_block in _blocks(rows, m, (update, 0), (weight, 0), (bias, 0), (y2, 1)):
+        block = _block(workspace, weight, part.B.shape[0], n)
+        backend.merge(part, W_block, block)
         if bias_block is None:
             torch.mm(x2, block.t(), out=y_block)
         else:
@@ -124,18 +138,21 @@ def linear_backward(
     products = None
     if grads is not None and x2 is not None and not needs.weight:
         products = backend.factor_grad_of_tokens(dy, x2, update, grads)
+    if grad_x is not None and weight is not None and _adds_nothing(update, weight, dy):
+        torch.mm(dy, weight, out=_as_matrix(grad_x, n))
+        needs = needs._replace(x=False)
     need_G = needs.weight or (grads is not None and products is None)
     if grads is not None or needs.weight or needs.x:
         cols = block_length(m * dy.element_size(), n, dy.device.type)
         update = backend.prepare(update)
         workspace = dy.new_empty(m * cols)
-        dx = None if grad_x is None else _as_matrix(grad_x, n)
+        dx = None if grad_x is None or not needs.x else _as_matrix(grad_x, n)
         matrices = (weight, 1), (x2 if need_G else None, 1), (dx, 1), (grad_weight, 1)
         lines = (None if grads is None else grads.A, 0), (None if products is None else products.x, 0)
-        for A_block, W_block, x_block, dx_block, dW_block, dA_block, products_block in _blocks(
-            cols, n, (update.A, 0), *matrices, *lines
+        for part, W_block, x_block, dx_block, dW_block, dA_block, products_block in _blocks(
+            cols, n, (update, 1), *matrices, *lines
         ):
-            block, part = _block(workspace, weight, m, A_block.shape[0]), update.with_columns(A_block)
+            block = _block(workspace, weight, m, part.A.shape[0])
             if need_G:
                 torch.mm(dy.t(), x_block, out=block)
             if dW_block is not None:

@@ -53,14 +53,16 @@ class Split(NamedTuple):
         """The split of the transposed weight."""
         return self._replace(axis=1 - self.axis)
 
-    def update(self, A: Tensor, B: Tensor, theta: Tensor, spec: Spec) -> Update:
-        """This process's piece of the update of whole factors, with the threshold of the whole matrix.
+    def update(self, A: Tensor, B: Tensor, theta: Tensor, spec: Spec, start: Update | None = None) -> Update:
+        """This process's piece of the update of whole factors and its start, with the threshold of the whole matrix.
 
         Differentiable: the factors' gradients are summed over all pieces.
         """
         tau = select_among(self.group, self._pieces(A.detach(), B.detach()), A, B, theta, spec)
         A, B, theta = _SumGradients.apply(self.group, A, B, theta)
-        return Update(*self._pieces(A, B), theta, tau, spec.applied)
+        if start is not None:
+            start = start.columns(self.held) if self.axis else start.rows(self.held)
+        return Update(*self._pieces(A, B), theta, tau, spec.applied, start)
 
     def _pieces(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         return (A, B[self.held]) if self.axis == 0 else (A[self.held], B)

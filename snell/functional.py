@@ -106,10 +106,10 @@ def select_threshold(A: Tensor, B: Tensor, theta: Tensor, *, sparsity: float, ke
     return update(A.contiguous(), B.contiguous(), theta.contiguous(), spec).tau
 
 
-def update(A: Tensor, B: Tensor, theta: Tensor, spec: Spec) -> Update:
+def update(A: Tensor, B: Tensor, theta: Tensor, spec: Spec, start: Update | None = None) -> Update:
     """The update with its threshold, from factors that need no checks. A layer builds it in each forward."""
     tau = ops.select_threshold(A, B, theta, spec) if spec.sparsity else A.new_zeros(())
-    return Update(A, B, theta, tau, spec.applied)
+    return Update(A, B, theta, tau, spec.applied, start)
 
 
 def merge(
@@ -147,7 +147,7 @@ def merge(
 
 def dense(update: Update, rows: slice | None = None, weight: Tensor | None = None) -> Tensor:
     """The given rows of dW, or of weight + dW if the same rows of a weight are given. Differentiable like merge."""
-    return ops.merge(weight, update if rows is None else update.with_rows(update.B[rows]))
+    return ops.merge(weight, update if rows is None else update.rows(rows))
 
 
 def snell_linear(

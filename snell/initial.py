@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import dataclass, field
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 
-from snell import reference
+from snell import backends, functional, reference
 from snell.spec import Spec
+from snell.update import Update
 
-__all__ = ["draw", "draw_identity", "draw_visible", "relative_size", "warn_if_dead", "warn_if_large"]
+__all__ = [
+    "Start",
+    "check_seed",
+    "draw",
+    "draw_identity",
+    "draw_visible",
+    "identity_start",
+    "relative_size",
+    "warn_if_dead",
+    "warn_if_large",
+]
 
 #: Rows and columns of a sample. At the start all entries have the same distribution, so a sample represents them.
 _SAMPLE = 256
@@ -26,23 +39,98 @@ def draw(A: Tensor, B: Tensor, theta: Tensor, spec: Spec, scale: float) -> None:
 
 
 @torch.no_grad()
-def draw_identity(A: Tensor, B: Tensor, theta: Tensor, spec: Spec, scale: float) -> None:
-    """Fill the factors so that dW is exactly 0 and has a gradient, as LoRA starts.
+def draw_identity(A: Tensor, B: Tensor, theta: Tensor, spec: Spec, scale: float, seed: int = 0) -> Start | None:
+    """Fill the factors so that the layer starts as its base layer, to the bit, and has a gradient.
 
-    This is possible only without competition. With it, an entry of dW is 0 if its gate is 0, and its gradient is
-    multiplied by the same gate, so an update of exactly 0 would never train. It is not possible with distances either:
-    a distance of 0 has a gradient of 0, and equal groups of opposite sign cancel only up to rounding.
+    Without competition and with a dot product, B is 0, as LoRA starts: dW is 0 and trains. Elsewhere no such factors
+    exist. With competition an entry of dW is 0 if its gate is 0, and its gradient is multiplied by the same gate. A
+    distance of 0 has a gradient of 0. There the layer subtracts the update that it starts with.
+
+    Returns:
+        What the layer has to subtract, if anything.
+    """
+    start = identity_start(len(B), A, spec, scale, seed)
+    if start is None:
+        draw(A, B, theta, spec, scale)
+        B.zero_()
+    else:
+        for tensor, constant in zip((A, B, theta), start.update[:3], strict=True):
+            tensor.copy_(constant)
+    return start
+
+
+def check_seed(seed: int) -> None:
+    """Check the seed of an identity start.
 
     Raises:
-        ValueError: ``sparsity > 0``, or a kernel function of distances.
+        TypeError, ValueError: it is no int, or not in [0, 2^53), where JSON and float64 are exact.
     """
-    if spec.sparsity or spec.function.statistic != "dot":
-        raise ValueError(
-            "an identity start that still trains exists for sparsity=0 and the kernel functions linear and sigmoid "
-            f"alone; got sparsity={spec.sparsity}, kernel={spec.kernel!r}. The published start is small, but not 0"
-        )
-    draw(A, B, theta, spec, scale)
-    B.zero_()
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"init_seed must be an int; got {seed!r} ({type(seed).__name__})")
+    if not 0 <= seed < 2**53:
+        raise ValueError(f"init_seed must lie in [0, 2^53); got {seed}")
+
+
+@dataclass(frozen=True, eq=False)
+class Start:
+    """The constant update that an identity start subtracts from a layer's own.
+
+    It is drawn from the layer's settings and never saved. The device, the dtype, the process and the release of PyTorch
+    change no bit of its factors. Layers of one shape and one seed share it, and its threshold.
+    """
+
+    update: Update
+    scale: float
+    seed: int
+    elsewhere: dict[tuple, Start] = field(default_factory=dict, repr=False)
+
+    def like(self, A: Tensor) -> Start:
+        """The same with A's device and dtype. FSDP moves a layer's parameters without telling the layer."""
+        kept, place = self.update.A, (A.device, A.dtype)
+        if (kept.device, kept.dtype) == place:
+            return self
+        if place not in self.elsewhere:
+            start = identity_start(len(self.update.B), A, self.update.spec, self.scale, self.seed)
+            assert start is not None  # it was before
+            self.elsewhere[place] = start
+        return self.elsewhere[place]
+
+
+@torch.no_grad()
+def identity_start(m: int, A: Tensor, spec: Spec, scale: float, seed: int) -> Start | None:
+    """What a layer with ``A [n, r]`` and m rows has to subtract to start as its base; None if B starts at 0 instead."""
+    if not spec.sparsity and spec.function.statistic == "dot":
+        return None
+    key = m, len(A), spec.applied, scale, seed, A.device, A.dtype, backends.of(A).name
+    start = _starts.get(key)
+    if start is None:
+        A0, B0, theta = (t.to(A.device, A.dtype) for t in _from_seed(len(A), m, spec, scale, seed))
+        _starts[key] = start = Start(functional.update(A0, B0, theta, spec), scale, seed)
+    return start
+
+
+#: Starts that a layer holds, by all that decides their bits.
+_starts: WeakValueDictionary[tuple, Start] = WeakValueDictionary()
+
+
+def _from_seed(n: int, m: int, spec: Spec, scale: float, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A, B and theta as :func:`draw` draws them, but float32 on the CPU, with bits that the arguments alone decide."""
+    uniform = _splitmix64((n + m) * spec.rank, seed)
+    # The upper 24 bits, as an odd number between -2^24 and 2^24: exact in float32, and never 0.
+    uniform = ((uniform >> 39) & 0x1FFFFFE).add_(1 - 2**24).float().div_(2**24).view(n + m, spec.rank)
+    A, B = (factor.div_(math.sqrt(factor.numel() / spec.groups)) for factor in (uniform[:n], uniform[n:]))
+    return A, B, torch.tensor(spec.initial_theta(scale), dtype=torch.float32, device="cpu")
+
+
+def _splitmix64(count: int, seed: int) -> Tensor:
+    """The first numbers of SplitMix64, as int64, whose products wrap. PyTorch's generators may change with a release.
+
+    Source: Steele, Lea and Flood, Fast splittable pseudorandom number generators (OOPSLA 2014).
+    """
+    z = torch.arange(1, count + 1, dtype=torch.int64, device="cpu").mul_(0x9E3779B97F4A7C15 - 2**64).add_(seed)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        z = (z ^ (z >> shift & 2 ** (64 - shift) - 1)).mul_(factor - 2**64)
+    return z ^ (z >> 31 & 2**33 - 1)
 
 
 @torch.no_grad()

@@ -9,7 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from snell import functional
-from snell.initial import draw, relative_size, warn_if_dead, warn_if_large
+from snell.initial import (
+    Start,
+    check_seed,
+    draw,
+    draw_identity,
+    identity_start,
+    relative_size,
+    warn_if_dead,
+    warn_if_large,
+)
 from snell.merging import Merged, row_blocks
 from snell.precision import factor_dtype, keep_precision
 from snell.spec import Spec
@@ -35,6 +44,11 @@ class SnellLinear(nn.Module):
         scale: size of the kernel function's scalar parameters at the start; by default as the gate says: 3 for
             ``soft`` and ``magnitude``, 0.1 for ``hard`` and without sparsity (``spec.DEFAULT_SCALES``).
         train_theta: whether those are trained; by default as the kernel function says.
+        init_weights: True: factors drawn as published; dW is small, but not 0. ``"identity"``: the layer starts as
+            its base, to the bit, and trains: it subtracts the constant dW of its first factors, which are drawn from
+            ``init_seed`` again when a state dict is loaded. Up to 2 (1 - s) m n entries of the weight then change.
+            (With ``sparsity=0`` and a dot product B starts at 0 instead, as in LoRA.)
+        init_seed: what an identity start draws its factors from, in place of PyTorch's generator.
         device, dtype: of weight and bias. The factors are float32, or float64 where dtype is.
 
     Attributes:
@@ -63,6 +77,8 @@ class SnellLinear(nn.Module):
         gate: str = "soft",
         scale: float | None = None,
         train_theta: bool | None = None,
+        init_weights: bool | str = True,
+        init_seed: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -72,12 +88,23 @@ class SnellLinear(nn.Module):
         if dtype is not None and dtype not in functional.WEIGHT_DTYPES:
             raise TypeError(f"dtype must be one of {functional.WEIGHT_DTYPES}; got {dtype}")
         base = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
-        self._build(base.weight, base.bias, Spec(rank, sparsity, kernel, groups, gate), scale, train_theta)
+        spec = Spec(rank, sparsity, kernel, groups, gate)
+        self._build(base.weight, base.bias, spec, scale, train_theta, init_weights, init_seed)
 
     def _build(
-        self, weight: Tensor, bias: Tensor | None, spec: Spec, scale: float | None, train_theta: bool | None
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        spec: Spec,
+        scale: float | None,
+        train_theta: bool | None,
+        init_weights: bool | str,
+        init_seed: int,
     ) -> None:
         super().__init__()
+        if init_weights not in (True, "identity"):
+            raise ValueError(f"init_weights must be True or 'identity'; got {init_weights!r}")
+        check_seed(init_seed)
         self.out_features, self.in_features = weight.shape
         self.spec, self.scale = spec, spec.default_scale if scale is None else scale
         self.weight = weight.requires_grad_(False)
@@ -90,6 +117,8 @@ class SnellLinear(nn.Module):
         self.snell_B = nn.Parameter(torch.empty(self.out_features, spec.rank, **options))
         self.snell_theta = nn.Parameter(torch.empty(len(theta), **options), requires_grad=train_theta)
         self._merged: Merged | None = None
+        self.init_weights, self.init_seed = init_weights, init_seed
+        self.snell_start: Start | None = None
         self.reset_update()
         warn_if_dead(spec, self.out_features, self.in_features, type(self).__name__)
 
@@ -105,6 +134,8 @@ class SnellLinear(nn.Module):
         gate: str = "soft",
         scale: float | None = None,
         train_theta: bool | None = None,
+        init_weights: bool | str = True,
+        init_seed: int = 0,
     ) -> SnellLinear:
         """A layer around ``linear``'s own weight and bias, which it shares and freezes.
 
@@ -118,15 +149,20 @@ class SnellLinear(nn.Module):
             got = f"{type(linear.weight).__name__} of {linear.weight.dtype}"
             raise TypeError(f"linear must hold a plain floating-point weight; got {got}")
         layer = cls.__new__(cls)
-        layer._build(linear.weight, linear.bias, Spec(rank, sparsity, kernel, groups, gate), scale, train_theta)
-        if not layer.weight.is_meta:
+        spec = Spec(rank, sparsity, kernel, groups, gate)
+        layer._build(linear.weight, linear.bias, spec, scale, train_theta, init_weights, init_seed)
+        if not layer.weight.is_meta and init_weights is True:
             size = relative_size(layer.snell_A, layer.snell_B, layer.snell_theta, layer.spec, layer.weight)
             warn_if_large({cls.__name__: size}, layer.scale)
         return layer.train(linear.training)
 
     def reset_update(self) -> None:
         """Draw the factors anew, as published: uniform in +-1/sqrt(n*r/P) and +-1/sqrt(m*r/P)."""
-        draw(self.snell_A, self.snell_B, self.snell_theta, self.spec, self.scale)
+        factors = self.snell_A, self.snell_B, self.snell_theta
+        if self.init_weights == "identity":
+            self.snell_start = draw_identity(*factors, self.spec, self.scale, self.init_seed)
+        else:
+            draw(*factors, self.spec, self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., n] -> [..., m]``."""
@@ -139,13 +175,13 @@ class SnellLinear(nn.Module):
         return self._update().tau
 
     def delta_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Dense dW ``[m, n]``, for inspection; differentiable. In the factors' dtype unless ``dtype`` is given."""
+        """Dense dW ``[m, n]``, less that of an identity start; differentiable. In the factors' dtype by default."""
         delta = functional.dense(self._update())
         return delta if dtype is None else delta.to(dtype)
 
     @torch.no_grad()
     def num_survivors(self) -> int:
-        """How many entries of dW are not zero, counted block by block from what merge writes."""
+        """How many entries of the weight dW changes, counted block by block from what merge writes."""
         update = self._update()
         return sum(int(functional.dense(update, rows).count_nonzero()) for rows in row_blocks(update))
 
@@ -162,8 +198,9 @@ class SnellLinear(nn.Module):
     def merge(self) -> None:
         """Add dW into ``weight`` in place; the layer then costs what an nn.Linear does.
 
-        Until :meth:`unmerge` the layer keeps a copy of the factors and the base weights that survivors
-        replaced: (1 - s) * m * n numbers. An interrupt leaves the weight as it was, or merged; :attr:`merged` tells.
+        Until :meth:`unmerge` the layer keeps a copy of the factors and the base weights that dW changes:
+        (1 - s) * m * n numbers, up to twice as many with an identity start. An interrupt leaves the weight as it was,
+        or merged; :attr:`merged` tells.
         """
         if self._merged is not None:
             return
@@ -210,7 +247,8 @@ class SnellLinear(nn.Module):
         )
 
     def _update(self) -> Update:
-        return functional.update(self.snell_A, self.snell_B, self.snell_theta, self.spec)
+        start = None if self.snell_start is None else self.snell_start.like(self.snell_A).update
+        return functional.update(self.snell_A, self.snell_B, self.snell_theta, self.spec, start)
 
     @torch.no_grad()
     def _base_weight(self) -> Tensor:
@@ -226,10 +264,24 @@ class SnellLinear(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.merged:
             destination[prefix + "weight"] = self._base_weight()
+        if self.snell_start is not None:
+            # What draws it again: with another start the same factors are another update.
+            start = [self.snell_start.seed, self.snell_start.scale]
+            destination[prefix + "snell_start"] = torch.tensor(start, dtype=torch.float64)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         self.unmerge()
-        super()._load_from_state_dict(*args, **kwargs)
+        if self.snell_start is not None:
+            start = state_dict.pop(prefix + "snell_start", None)
+            if start is None:
+                args[2].append(prefix + "snell_start")  # missing keys
+            else:
+                seed, self.scale = start.tolist()
+                self.init_seed = int(seed)
+                self.snell_start = identity_start(
+                    self.out_features, self.snell_A, self.spec, self.scale, self.init_seed
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SnellLinear:
         # Another device or dtype may decide survivors by other bits, so a merged update comes out first.
@@ -238,6 +290,8 @@ class SnellLinear(nn.Module):
         update = (self.snell_A, self.snell_B, self.snell_theta)
         factors = {id(t) for factor in update for t in (factor, factor.grad) if t is not None}
         super()._apply(lambda t: keep_precision(t, fn(t)) if id(t) in factors else fn(t), recurse)
+        if self.snell_start is not None:
+            self.snell_start = self.snell_start.like(self.snell_A)
         if merged:
             self.merge()
         return self

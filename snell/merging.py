@@ -36,11 +36,11 @@ class Merged(NamedTuple):
     def of(cls, update: Update) -> Merged:
         """The record of an update that is not in a weight yet. It has copies, which training does not change."""
         A, B, theta, tau = (t.detach().clone() for t in update[:4])
-        return cls(Update(A, B, theta, tau, update.spec), [])
+        return cls(Update(A, B, theta, tau, update.spec, update.start), [])
 
     @torch.no_grad()
     def put_in(self, weight: Tensor) -> None:
-        """Add dW to ``weight [m, n]`` in place. The record then holds the (1 - s) * m * n replaced entries."""
+        """Add dW to ``weight [m, n]`` in place. The record then holds the entries that dW replaced."""
         for rows in row_blocks(self.update):
             base = weight[rows]
             self.replaced.append(base[dense(self.update, rows) != 0])

@@ -61,12 +61,13 @@ def _truncated() -> str | None:
 def _declare(library: ctypes.CDLL) -> None:
     for names in (library.snell_isa, library.snell_kernel_functions, library.snell_gates):
         names.restype = c_char_p
-    library.snell_merge.argtypes = [POINTER(_Update), POINTER(_Matrix), POINTER(_Matrix)]
+    library.snell_merge.argtypes = [POINTER(_Update), POINTER(_Update), POINTER(_Matrix), POINTER(_Matrix)]
     library.snell_select.argtypes = [POINTER(_Update), c_int64, c_void_p]
     library.snell_density.argtypes = [POINTER(_Update), c_int64, POINTER(c_double)]
     matrix = POINTER(_Matrix)
     gradients = [c_void_p] * 3
-    library.snell_factor_grad.argtypes = [POINTER(_Update), matrix, POINTER(_Tokens), matrix, matrix, *gradients]
+    updates = [POINTER(_Update)] * 2
+    library.snell_factor_grad.argtypes = [*updates, matrix, POINTER(_Tokens), matrix, matrix, *gradients]
     library.snell_transpose.argtypes = [matrix, c_int64, c_int64, c_void_p, c_int32]
     library.snell_transpose.restype = None
     library.snell_fingerprint.argtypes = [c_int, POINTER(c_void_p), POINTER(c_int64), POINTER(c_uint64)]
@@ -139,6 +140,11 @@ def _struct(A: Tensor, B: Tensor, theta: Tensor, tau: Tensor | None, spec: Spec)
     )
 
 
+def _structs(update: Update) -> tuple:
+    """The update and its start, by reference."""
+    return byref(_struct(*update[:5])), None if update.start is None else byref(_struct(*update.start[:5]))
+
+
 def _matrix(matrix: Tensor | None) -> _Matrix:
     return _NO_MATRIX if matrix is None else _Matrix(_address(matrix), matrix.stride(0), _DTYPES[matrix.dtype])
 
@@ -159,7 +165,7 @@ def select(A: Tensor, B: Tensor, theta: Tensor, spec: Spec, k: int) -> Tensor:
 def merge(update: Update, weight: Tensor | None, out: Tensor) -> None:
     """dW or weight + dW into ``out``; rows of both contiguous, strides between rows free."""
     assert _library is not None
-    _check(_library.snell_merge(byref(_struct(*update)), byref(_matrix(weight)), byref(_matrix(out))))
+    _check(_library.snell_merge(*_structs(update), byref(_matrix(weight)), byref(_matrix(out))))
 
 
 def factor_grad(
@@ -175,7 +181,7 @@ def factor_grad(
     else:
         source, tokens = _matrix(G), _NO_TOKENS
     out = source if merged is G else _matrix(merged)
-    inputs = byref(_struct(*update)), byref(source), byref(tokens), byref(_matrix(weight)), byref(out)
+    inputs = *_structs(update), byref(source), byref(tokens), byref(_matrix(weight)), byref(out)
     _check(_library.snell_factor_grad(*inputs, grads.A.data_ptr(), grads.B.data_ptr(), grads.theta.data_ptr()))
 
 
@@ -198,7 +204,7 @@ def density(update: Update, samples: int) -> float:
     """The share of entries that survive, estimated from ``samples`` random ones, the same every time."""
     assert _library is not None
     share = c_double()
-    _check(_library.snell_density(byref(_struct(*update)), samples, byref(share)))
+    _check(_library.snell_density(byref(_struct(*update[:5])), samples, byref(share)))
     return share.value
 
 

@@ -34,27 +34,31 @@ _LIBRARY = torch.library.Library("snell", "DEF")
 
 _UPDATE = "Tensor A, Tensor B, Tensor theta, Tensor tau, str kernel, int groups, str gate"
 
+#: And of the constant update that is subtracted, if there is one.
+_STARTED = f"{_UPDATE}, Tensor? start_A, Tensor? start_B, Tensor? start_theta, Tensor? start_tau"
+
 for _schema in (
     "select_threshold(Tensor A, Tensor B, Tensor theta, float sparsity, str kernel, int groups) -> Tensor",
-    f"merge(Tensor? weight, {_UPDATE}) -> Tensor",
+    f"merge(Tensor? weight, {_STARTED}) -> Tensor",
     f"merge_backward(Tensor G, {_UPDATE}) -> (Tensor, Tensor, Tensor)",
-    f"linear(Tensor x, Tensor? weight, Tensor? bias, {_UPDATE}) -> Tensor",
-    f"linear_backward(Tensor grad_y, Tensor? x, Tensor? weight, bool[] needs, {_UPDATE}) -> Tensor[]",
+    f"linear(Tensor x, Tensor? weight, Tensor? bias, {_STARTED}) -> Tensor",
+    f"linear_backward(Tensor grad_y, Tensor? x, Tensor? weight, bool[] needs, {_STARTED}) -> Tensor[]",
 ):
     _LIBRARY.define(_schema)
 
 _spec = lru_cache(Spec)
 
 
-def _update(A: Tensor, B: Tensor, theta: Tensor, tau: Tensor, kernel: str, groups: int, gate: str) -> Update:
+def _update(A, B, theta, tau, kernel, groups, gate, *start):
     # tau and the gate are given, so any sparsity above 0 will do. While the compiler traces, a size may be a symbol.
-    return Update(A, B, theta, tau, _spec(int(A.shape[1]), 0.0 if gate == "none" else 0.5, kernel, groups, gate))
+    spec = _spec(int(A.shape[1]), 0.0 if gate == "none" else 0.5, kernel, groups, gate)
+    return Update(A, B, theta, tau, spec, Update(*start, spec) if start and start[0] is not None else None)
 
 
 def _flat(update: Update) -> tuple:
     """The update as the flat arguments of the schemas."""
-    spec = update.spec
-    return *update[:4], spec.kernel, spec.groups, spec.gate
+    spec, start = update.spec, update.start
+    return *update[:4], spec.kernel, spec.groups, spec.gate, *([None] * 4 if start is None else start[:4])
 
 
 def _select(A, B, theta, sparsity, kernel, groups):
@@ -124,7 +128,8 @@ def _(grad_y, x, weight, needs, A, B, theta, *_):
 
 
 def _merge_setup(ctx, inputs, output):
-    weight, *factors, ctx.kernel, ctx.groups, ctx.gate = inputs
+    weight, *factors = inputs[:5]
+    ctx.kernel, ctx.groups, ctx.gate = inputs[5:8]
     ctx.save_for_backward(*factors)
     ctx.weight_dtype = None if weight is None else weight.dtype
 
@@ -134,7 +139,7 @@ def _merge_gradients(ctx, G):
     if any(ctx.needs_input_grad[1:4]):
         grads = torch.ops.snell.merge_backward.default(G, *ctx.saved_tensors, ctx.kernel, ctx.groups, ctx.gate)
     grad_weight = G.to(ctx.weight_dtype) if ctx.needs_input_grad[0] else None
-    return grad_weight, *grads, None, None, None, None
+    return grad_weight, *grads, *[None] * 8
 
 
 torch.library.register_autograd("snell::merge", _merge_gradients, setup_context=_merge_setup)
@@ -185,13 +190,13 @@ def _forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, update: Upda
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, A, B, theta, tau, spec):
+    def forward(ctx, x, weight, bias, A, B, theta, tau, spec, start):
         _, need_weight, _, need_A, need_B, need_theta = ctx.needs_input_grad[:6]
         # Only the gradients of the factors and the weight need x: a layer that trains neither keeps no activation.
         kept_x = x if need_weight or need_A or need_B or need_theta else None
         ctx.save_for_backward(kept_x, weight, A, B, theta, tau)
-        ctx.spec = spec
-        return _forward(x, weight, bias, Update(A, B, theta, tau, spec))
+        ctx.spec, ctx.start = spec, start
+        return _forward(x, weight, bias, Update(A, B, theta, tau, spec, start))
 
     @staticmethod
     def backward(ctx, grad_y):
@@ -201,7 +206,7 @@ class _Linear(torch.autograd.Function):
 
 def _linear_gradients(ctx, grad_y):
     x, weight, A, B, theta, tau = ctx.saved_tensors
-    update = Update(A, B, theta, tau, ctx.spec)
+    update = Update(A, B, theta, tau, ctx.spec, ctx.start)
     need_x, need_weight, need_bias, need_A, need_B, need_theta = ctx.needs_input_grad[:6]
     needs = Needs(need_x, need_weight, need_bias, need_A or need_B or need_theta)
     if _nothing_listens(grad_y):
@@ -220,6 +225,7 @@ def _linear_gradients(ctx, grad_y):
         grad_theta if need_theta else None,
         None,
         None,
+        None,
     )
 
 
@@ -227,7 +233,7 @@ _refuse_twice = once_differentiable(_linear_gradients)
 
 
 def _autograd(x: Tensor, weight: Tensor | None, bias: Tensor | None, update: Update) -> Tensor:
-    A, B, theta, tau, spec = update
+    A, B, theta = update[:3]
     if torch.is_grad_enabled() and (
         x.requires_grad
         or A.requires_grad
@@ -236,7 +242,7 @@ def _autograd(x: Tensor, weight: Tensor | None, bias: Tensor | None, update: Upd
         or (weight is not None and weight.requires_grad)
         or (bias is not None and bias.requires_grad)
     ):
-        return _Linear.apply(x, weight, bias, A, B, theta, tau, spec)
+        return _Linear.apply(x, weight, bias, *update)
     return _forward(x, weight, bias, update)
 
 

@@ -57,10 +57,16 @@ def merge(
     kernel: str,
     groups: int,
     gate: str,
+    start: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """``dW = K * gate(|K|)`` in the factors' dtype, or ``W0 + dW`` in the weight's."""
+    """``dW = K * gate(|K|)`` in the factors' dtype, or ``W0 + dW`` in the weight's.
+
+    With ``start``, a constant A, B, theta and tau, dW is less by the same of those: 0 where they are equal.
+    """
     K = kernel_matrix(A, B, theta, kernel=kernel, groups=groups)
     delta = K * gate_values(K, tau, gate=gate)
+    if start is not None:
+        delta = delta - merge(*start, kernel=kernel, groups=groups, gate=gate)
     return delta if weight is None else (weight + delta).to(weight.dtype)
 
 

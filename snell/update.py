@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ Parameters = tuple[Tensor, Tensor, Tensor, Spec]
 
 
 class Update(NamedTuple):
-    """``dW_ij = K_ij * gate(|K_ij|)`` with ``K_ij = kappa(B_i, A_j)``.
+    """``dW_ij = K_ij * gate(|K_ij|)`` with ``K_ij = kappa(B_i, A_j)``, less the same of ``start`` if there is one.
 
     A rectangle of an update is the update of sliced factors. Operations on blocks therefore need no offsets.
 
@@ -24,6 +25,7 @@ class Update(NamedTuple):
         A: ``[n, r]``.  B: ``[m, r]``.  theta: ``[t]``, the kernel function's scalar parameters.
         tau: 0-dim threshold. All four have one dtype, float32 or float64, and one device.
         spec: kernel function, groups and the gate that applies (:attr:`snell.spec.Spec.applied`).
+        start: a constant update of the same shape and spec, subtracted from this one. It has no start of its own.
     """
 
     A: Tensor
@@ -31,23 +33,32 @@ class Update(NamedTuple):
     theta: Tensor
     tau: Tensor
     spec: Spec
+    start: Update | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
         """``(m, n)`` of dW."""
         return self.B.shape[0], self.A.shape[0]
 
-    def with_rows(self, B: Tensor) -> Update:
-        """The update with other rows, given by ``B``."""
-        return Update(self.A, B, self.theta, self.tau, self.spec)
+    def rows(self, rows: slice) -> Update:
+        """The update of these rows of dW."""
+        start = None if self.start is None else self.start.rows(rows)
+        return self._replace(B=self.B[rows], start=start)
 
-    def with_columns(self, A: Tensor) -> Update:
-        """The update with other columns, given by ``A``."""
-        return Update(A, self.B, self.theta, self.tau, self.spec)
+    def columns(self, columns: slice) -> Update:
+        """The update of these columns of dW."""
+        start = None if self.start is None else self.start.columns(columns)
+        return self._replace(A=self.A[columns], start=start)
+
+    def split(self, length: int, dim: int) -> Iterator[Update]:
+        """The update of ``length`` rows (dim 0) or columns (dim 1) at a time, as ``Tensor.split`` cuts dW."""
+        cut = self.columns if dim else self.rows
+        return (cut(slice(first, first + length)) for first in range(0, self.shape[dim], length))
 
     def transposed(self) -> Update:
         """The update of dW^T. Every pair statistic is symmetric, so its entries have the same bits."""
-        return Update(self.B, self.A, self.theta, self.tau, self.spec)
+        start = None if self.start is None else self.start.transposed()
+        return self._replace(A=self.B, B=self.A, start=start)
 
 
 class Gradients(NamedTuple):
@@ -60,7 +71,7 @@ class Gradients(NamedTuple):
     @classmethod
     def zeros(cls, update: Update) -> Gradients:
         """Zeros, contiguous whatever the factors' own layout."""
-        A, B, theta, _, _ = update
+        A, B, theta = update[:3]
         layout = torch.contiguous_format
         return cls(
             torch.zeros_like(A, memory_format=layout),

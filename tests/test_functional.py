@@ -285,11 +285,13 @@ def test_autocast_adds_dW_before_it_rounds(backend):
     assert y.equal(merged.T.bfloat16())
 
 
-def test_opcheck(backend):
+@pytest.mark.parametrize("started", [False, True])
+def test_opcheck(backend, started):
     A, B, theta = draw(m=9, n=13)
     x, weight, bias = torch.randn(2, 3, 13, requires_grad=True), torch.randn(9, 13), torch.randn(9)
     tau = functional.select_threshold(A, B, theta, sparsity=0.5, **PIECEWISE)
-    update = ("piecewise_linear", 2, "soft")
+    start = [*(torch.randn_like(t) for t in (A, B, theta)), tau] if started else [None] * 4
+    update = ("piecewise_linear", 2, "soft", *start)
     torch.library.opcheck(torch.ops.snell.linear.default, (x, weight, bias, A, B, theta, tau, *update))
     torch.library.opcheck(torch.ops.snell.merge.default, (weight, A, B, theta, tau, *update))
     detached = [t.detach() for t in (A, B, theta)]

@@ -37,7 +37,7 @@ def test_factors_are_uniform_within_the_published_bounds() -> None:
 def test_the_identity_start_is_zero_and_has_a_gradient(kernel) -> None:
     spec = Spec(8, 0.0, kernel)
     A, B, theta = empty(spec)
-    initial.draw_identity(A, B, theta, spec, 0.1)
+    assert initial.draw_identity(A, B, theta, spec, 0.1) is None
     assert A.abs().min() > 0
     assert A.abs().max() <= math.sqrt(2 / A.numel())
     leaves = [t.requires_grad_() for t in (A, B, theta)]
@@ -45,15 +45,6 @@ def test_the_identity_start_is_zero_and_has_a_gradient(kernel) -> None:
     assert not dW.any()
     (grad_B,) = torch.autograd.grad(dW, B, torch.randn_like(dW))
     assert grad_B.abs().min() > 0
-
-
-@pytest.mark.parametrize("options", [{"sparsity": 0.5, "kernel": "linear"}, {"sparsity": 0.0, "kernel": "rbf"}])
-def test_an_identity_start_that_could_not_train_is_refused(options) -> None:
-    spec = Spec(8, **options)
-    factors = empty(spec)
-    with pytest.raises(ValueError, match="identity"):
-        initial.draw_identity(*factors, spec, 0.1)
-    assert all(t.isnan().all() for t in factors)
 
 
 @pytest.mark.parametrize("kernel", ["piecewise_linear", "rbf"])

@@ -63,7 +63,20 @@ def test_the_compiler_is_told_the_dtype_of_the_bias_gradient(weight_dtype) -> No
     A, B, theta, tau = torch.randn(7, 4), torch.randn(9, 4), torch.tensor([0.3, -0.3]), torch.tensor(0.1)
     weight = None if weight_dtype is None else torch.randn(9, 7).to(weight_dtype)
     grad_y, x = torch.randn(3, 9).bfloat16(), torch.randn(3, 7).bfloat16()
-    args = (grad_y, x, weight, [False, False, True, False], A, B, theta, tau, "piecewise_linear", 2, "soft")
+    args = (
+        grad_y,
+        x,
+        weight,
+        [False, False, True, False],
+        A,
+        B,
+        theta,
+        tau,
+        "piecewise_linear",
+        2,
+        "soft",
+        *[None] * 4,
+    )
     (grad_bias,) = torch.ops.snell.linear_backward.default(*args)
     assert grad_bias.dtype == (weight_dtype or torch.bfloat16)
     torch.library.opcheck(torch.ops.snell.linear_backward.default, args, test_utils=("test_schema", "test_faketensor"))

@@ -62,7 +62,7 @@ def merge(m: int, n: int, rank: int, device: str) -> Iterator[Row]:
 def factor_grad(m: int, n: int, rank: int, device: str) -> Iterator[Row]:
     cols, whole = core.block_length(2 * m, n, device), core.new_update(m, n, rank, device)
     backend = core.backend(whole)
-    update = backend.prepare(whole).with_columns(whole.A[:cols])
+    update = backend.prepare(whole).columns(slice(cols))
     grads, sets = core.Gradients.zeros(update), _matrices(m, cols, device, 3)
     seconds = median_seconds(_steps(lambda G, W, out: backend.factor_grad(G, update, grads, W, out), sets), device)
     copied = median_seconds(_steps(lambda G, W, out: out.copy_(G), sets), device)

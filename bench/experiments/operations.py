@@ -55,8 +55,8 @@ def operations(layer: SnellLinear, x: torch.Tensor, grad_y: torch.Tensor) -> dic
         core.select(update)
 
     def merge() -> None:
-        for B, W in zip(update.B.split(rows), weight.split(rows), strict=True):
-            backend.merge(update.with_rows(B), W, workspace[: W.numel()].view(-1, n))
+        for part, W in zip(update.split(rows, 0), weight.split(rows), strict=True):
+            backend.merge(part, W, workspace[: W.numel()].view(-1, n))
 
     def survivors() -> None:
         activations = backend.factor_grad_of_tokens(grad_y, x, update, grads)
@@ -64,11 +64,11 @@ def operations(layer: SnellLinear, x: torch.Tensor, grad_y: torch.Tensor) -> dic
         gradients(activations)
 
     def gradients(activations: core.Activations | None = None) -> None:
-        for first in range(0, n, columns):
-            block = slice(first, first + columns)
-            W, part, dA = weight[:, block], update.with_columns(update.A[block]), grads.A[block]
+        parts = update.split(columns, 1), weight.split(columns, 1), grads.A.split(columns)
+        xs = repeat(None) if activations is None else activations.x.split(columns)
+        for part, W, dA, x_block in zip(*parts, xs, strict=False):
             merged = workspace[: W.numel()].view(m, -1)
-            G = merged if activations is None else activations.with_columns(activations.x[block])
+            G = merged if activations is None else activations.with_columns(x_block)
             backend.factor_grad(G, part, grads.with_columns(dA), W, merged)
 
     # A subtraction and a multiply-add a rank column, each an instruction, as a GEMM's multiply-add of 2 flops is.

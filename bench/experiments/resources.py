@@ -71,6 +71,7 @@ def launches(call: Callable[[], object], arch: int, seen: set[str]) -> Iterator[
         if compiled.hash not in seen:
             seen.add(compiled.hash)
             settings = " ".join(str(meta[k]) for k in ("KERNEL", "RANK", "GROUPS") if k in meta)
+            settings += " start" if any(isinstance(arg, tuple) for arg in args) else ""
             dtypes = {str(t.dtype).removeprefix("torch.") for t in args if isinstance(t, torch.Tensor)}
             facts = {"kernel": kernel.__name__, "arch": arch, "settings": settings, "dtypes": " ".join(sorted(dtypes))}
             found.append(facts | resources(compiled))
@@ -103,6 +104,11 @@ def kernels(arch: int) -> Iterator[dict[str, Any]]:
             # select and verify know no weight.
             if operation not in ("select", "verify") or (rank, dtype) != (32, torch.float32):
                 yield from launches(calls[operation], arch, seen)
+        if rank == 32:
+            update = update_of(kernel, rank, groups)
+            started = core.kernel_calls(update._replace(start=update), dtype)
+            for operation in ("merge", "few_tokens"):
+                yield from launches(started[operation], arch, seen)
         # Shares that a kernel of their own adds, as for blocks larger than this.
         with mock.patch.object(rectangles, "adds", return_value=False):
             yield from launches(calls["factor_grad"], arch, seen)

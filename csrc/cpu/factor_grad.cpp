@@ -51,6 +51,7 @@ struct Survivors {
 template <class KF, class T, int STORAGE>
 struct FactorGradBody {
   const Operand<T>& u;
+  const Operand<T>* start;  // what the merged weight is less; null: nothing
   const Padded<T>&A, &B;
   const SnellMatrix &G, &weight, &merged;
   const T *dY, *X;  // [m, tokens] and [n, tokens]; used if G is absent
@@ -65,6 +66,8 @@ struct FactorGradBody {
   SNELL_INLINE void tile(int64_t row, int rows, int64_t column, int columns, const T* panel, const Rows<T>& b) {
     Vec<T> K[ROWS][COLUMNS];
     kappa_tile<KF>(u, panel, b, K, kept.data());
+    Vec<T> first[ROWS][COLUMNS];
+    if (start) start_tile<KF>(u, *start, panel, b, first);
     const int groups = u.groups, gate_kind = u.gate;
     const T tau = u.tau;
     const int32_t local = int32_t(column % (u.chunk * TILE<T>));
@@ -86,7 +89,11 @@ struct FactorGradBody {
         for (int p = 0; p < groups; ++p)
           compress(&list.kept[p * capacity + count], kept[(p * ROWS + r) * COLUMNS + c], survive);
         count += __builtin_popcount(survive);
-        if (merged.data) write_merged<T, STORAGE>(merged, weight, row + r, j, lanes, K[r][c] * gate);
+        if (merged.data) {
+          Vec<T> delta = K[r][c] * gate;
+          if (start) delta -= first[r][c];
+          write_merged<T, STORAGE>(merged, weight, row + r, j, lanes, delta);
+        }
       }
       list.count = count;
     }
@@ -184,9 +191,11 @@ struct FactorGradBody {
 
 template <class KF, class T>
 struct FactorGrad {
-  static void run(const SnellUpdate& update, const SnellMatrix* G, const SnellTokens* activations,
-                  const SnellMatrix* weight, const SnellMatrix* merged, void* grad_A, void* grad_B, void* grad_theta) {
+  static void run(const SnellUpdate& update, const SnellUpdate* start, const SnellMatrix* G,
+                  const SnellTokens* activations, const SnellMatrix* weight, const SnellMatrix* merged, void* grad_A,
+                  void* grad_B, void* grad_theta) {
     Operand<T> u(update, KF::grouped, KF::distance);
+    std::optional<Operand<T>> first = start_operand<KF, T>(merged->data ? start : nullptr);
     Padded<T> A(u, u.A, u.n), B(u, u.B, u.m);
     if (!G->data)
       u.chunk = std::clamp<int64_t>(TOKEN_BYTES / (activations->tokens * TILE<T> * int64_t(sizeof(T)) + 1), 1, u.chunk);
@@ -206,7 +215,7 @@ struct FactorGrad {
       {
         int t = omp_get_thread_num(), team = omp_get_num_threads();
         FactorGradBody<KF, T, storage> body{
-            u, A, B, *G, *weight, *merged, static_cast<const T*>(activations->grad_y),
+            u, first ? &*first : nullptr, A, B, *G, *weight, *merged, static_cast<const T*>(activations->grad_y),
             static_cast<const T*>(activations->x), activations->tokens, direct ? total : parts[t].get(),
             static_cast<T*>(grad_B), {}, {}, {}, {}};
         for (int r = 0; r < ROWS; ++r) body.lists.emplace_back(std::min(u.chunk, u.panels) * TILE<T>, u.groups);
@@ -237,9 +246,9 @@ struct FactorGrad {
 
 }  // namespace
 
-void factor_grad(const SnellUpdate& u, const SnellMatrix* G, const SnellTokens* activations, const SnellMatrix* weight,
-                 const SnellMatrix* merged, void* grad_A, void* grad_B, void* grad_theta) {
-  dispatch<FactorGrad>(u, G, activations, weight, merged, grad_A, grad_B, grad_theta);
+void factor_grad(const SnellUpdate& u, const SnellUpdate* start, const SnellMatrix* G, const SnellTokens* activations,
+                 const SnellMatrix* weight, const SnellMatrix* merged, void* grad_A, void* grad_B, void* grad_theta) {
+  dispatch<FactorGrad>(u, start, G, activations, weight, merged, grad_A, grad_B, grad_theta);
 }
 
 }  // namespace snell::SNELL_ISA

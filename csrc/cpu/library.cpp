@@ -9,11 +9,11 @@
 
 #define SNELL_DECLARE(isa)                                                                                     \
   namespace snell::isa {                                                                                       \
-  void merge(const SnellUpdate&, const SnellMatrix*, const SnellMatrix*);                                      \
+  void merge(const SnellUpdate&, const SnellUpdate*, const SnellMatrix*, const SnellMatrix*);                  \
   void select(const SnellUpdate&, int64_t, void*);                                                             \
   void density(const SnellUpdate&, int64_t, double*);                                                          \
-  void factor_grad(const SnellUpdate&, const SnellMatrix*, const SnellTokens*, const SnellMatrix*,             \
-                   const SnellMatrix*, void*, void*, void*);                                                   \
+  void factor_grad(const SnellUpdate&, const SnellUpdate*, const SnellMatrix*, const SnellTokens*,             \
+                   const SnellMatrix*, const SnellMatrix*, void*, void*, void*);                               \
   }
 #define SNELL_TABLE(isa) {#isa, snell::isa::merge, snell::isa::select, snell::isa::density, snell::isa::factor_grad}
 
@@ -74,8 +74,9 @@ SNELL_EXPORT const char* snell_isa() { return table.name; }
 SNELL_EXPORT const char* snell_kernel_functions() { return &(SNELL_KERNEL_FUNCTIONS(SNELL_NAME))[1]; }
 SNELL_EXPORT const char* snell_gates() { return &(SNELL_GATES(SNELL_NAME))[1]; }
 
-SNELL_EXPORT int snell_merge(const SnellUpdate* u, const SnellMatrix* weight, const SnellMatrix* out) {
-  return guarded([&] { table.merge(*u, weight, out); });
+SNELL_EXPORT int snell_merge(const SnellUpdate* u, const SnellUpdate* start, const SnellMatrix* weight,
+                             const SnellMatrix* out) {
+  return guarded([&] { table.merge(*u, start, weight, out); });
 }
 
 SNELL_EXPORT int snell_select(const SnellUpdate* u, int64_t k, void* tau) {
@@ -87,10 +88,10 @@ SNELL_EXPORT int snell_density(const SnellUpdate* u, int64_t samples, double* de
   return guarded([&] { table.density(*u, samples, density); });
 }
 
-SNELL_EXPORT int snell_factor_grad(const SnellUpdate* u, const SnellMatrix* G, const SnellTokens* activations,
-                                   const SnellMatrix* weight, const SnellMatrix* merged, void* grad_A, void* grad_B,
-                                   void* grad_theta) {
-  return guarded([&] { table.factor_grad(*u, G, activations, weight, merged, grad_A, grad_B, grad_theta); });
+SNELL_EXPORT int snell_factor_grad(const SnellUpdate* u, const SnellUpdate* start, const SnellMatrix* G,
+                                   const SnellTokens* activations, const SnellMatrix* weight, const SnellMatrix* merged,
+                                   void* grad_A, void* grad_B, void* grad_theta) {
+  return guarded([&] { table.factor_grad(*u, start, G, activations, weight, merged, grad_A, grad_B, grad_theta); });
 }
 
 namespace {

@@ -1,8 +1,33 @@
 // Writes one row of a tile of W0 + dW, for merge and factor_grad.
 #pragma once
+#include <optional>
+
 #include "tiles.h"
 
 namespace snell::SNELL_ISA {
+
+// K * gate(|K|) of a tile.
+template <class KF, class T>
+SNELL_INLINE void delta_tile(const Operand<T>& u, const T* panel, const Rows<T>& rows, Vec<T> (&delta)[ROWS][COLUMNS]) {
+  kappa_tile<KF>(u, panel, rows, delta);
+  for (auto& row : delta)
+    for (auto& v : row) v *= gate_of<T>(abs(v), u.tau, u.gate);
+}
+
+// The same of the start, in the place of the update's tile.
+template <class KF, class T>
+SNELL_INLINE void start_tile(const Operand<T>& u, const Operand<T>& start, const T* panel, const Rows<T>& rows,
+                             Vec<T> (&first)[ROWS][COLUMNS]) {
+  delta_tile<KF>(start, start.packed.get() + (panel - u.packed.get()), Rows<T>(start, rows.first, rows.count), first);
+}
+
+// The start of an update, if it has one.
+template <class KF, class T>
+std::optional<Operand<T>> start_operand(const SnellUpdate* start) {
+  std::optional<Operand<T>> operand;
+  if (start) operand.emplace(*start, KF::grouped, KF::distance);
+  return operand;
+}
 
 // out[row, column...] = weight + delta, or delta without a weight. Where delta is 0, out gets the weight's bits. A
 // double weight is added in double, so that a float update does not round it to float. STORAGE is both matrices' dtype,

@@ -104,8 +104,10 @@ struct Operand {
 // The rows of a tile: B's, and their squared norms. At the lower edge the last row is repeated.
 template <class T>
 struct Rows {
+  int64_t first;
+  int count;
   const T *b[ROWS], *norms[ROWS];
-  Rows(const Operand<T>& u, int64_t first, int count) {
+  Rows(const Operand<T>& u, int64_t first, int count) : first(first), count(count) {
     for (int r = 0; r < ROWS; ++r) {
       const int64_t row = first + std::min(r, count - 1);
       b[r] = u.B + row * u.rank;

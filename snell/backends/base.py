@@ -34,7 +34,8 @@ class Backend(ABC):
     def merge(self, update: Update, weight: Tensor | None, out: Tensor) -> None:
         """Write dW, or weight + dW if a weight is given, into ``out [m, n]`` in its dtype.
 
-        Where dW is 0, ``out`` gets the weight's bits. Rows or columns of both matrices are contiguous.
+        Where dW is 0, ``out`` gets the weight's bits. Rows or columns of both matrices are contiguous. An update and
+        its start are subtracted in the factors' dtype, before anything is rounded: equal entries give a dW of 0.
         """
 
     @abstractmethod
@@ -48,12 +49,16 @@ class Backend(ABC):
     ) -> None:
         """Add the gradients from ``G [m, n]`` (dY^T X) to ``grads``.
 
-        The same pass writes weight + dW into ``merged``, if given. ``merged`` may be G itself. Only a backend that
-        returns activations from :meth:`factor_grad_of_tokens` has to accept them.
+        The same pass writes weight + dW into ``merged``, if given. ``merged`` may be G itself. A start is constant: it
+        changes ``merged`` alone. Only a backend that returns activations from :meth:`factor_grad_of_tokens` has to
+        accept them.
         """
 
     def prepare(self, update: Update) -> Update:
-        """The update with its factors in the layout that block operations read, so that a pass copies them once."""
+        """The update with its factors in the layout that block operations read, so that a pass copies them once.
+
+        A start's factors are contiguous, as they are drawn.
+        """
         return update
 
     def select(self, A: Tensor, B: Tensor, theta: Tensor, spec: Spec, k: int) -> Tensor | None:

@@ -37,7 +37,7 @@ class BlockedBackend(Backend):
             if merged is not None:
                 _write(merged[i, j], None if weight is None else weight[i, j], delta)
             with torch.autocast(G.device.type, enabled=False):  # autocast would round the products to half precision
-                tile = update.with_rows(update.B[i]).with_columns(update.A[j])
+                tile = update.rows(i).columns(j)
                 _accumulate(H, tile, Gradients(grads.A[j], grads.B[i], grads.theta))
 
 
@@ -52,10 +52,10 @@ def _tiles(update: Update) -> Iterator[tuple[slice, slice]]:
 
 def _delta(update: Update, i: slice, j: slice) -> tuple[Tensor, Tensor]:
     """A tile's gates and dW."""
-    A, B, theta, tau, spec = update
+    A, B, theta, tau, spec, start = update
     K = kernel_matrix(A[j], B[i], theta, kernel=spec.kernel, groups=spec.groups)
     gates = gate_values(K, tau, gate=spec.gate)
-    return gates, K * gates
+    return gates, K * gates if start is None else K * gates - _delta(start, i, j)[1]
 
 
 def _write(out: Tensor, weight: Tensor | None, delta: Tensor) -> None:
@@ -68,7 +68,7 @@ def _write(out: Tensor, weight: Tensor | None, delta: Tensor) -> None:
 
 def _accumulate(H: Tensor, tile: Update, grads: Gradients) -> None:
     """Add sum H * dK to the three gradients in place. Autograd differentiates only the scalar function."""
-    A, B, theta, _, spec = tile
+    A, B, theta, _, spec, _ = tile
     function = spec.function
     theta = theta.detach().requires_grad_()
     statistics = [s.detach().requires_grad_() for s in function.statistics(A, B, spec.groups)]

@@ -37,10 +37,10 @@ class CpuBackend(Backend):
         return native.select(A.contiguous(), B.contiguous(), theta.contiguous(), spec, k)
 
     def prepare(self, update: Update) -> Update:
-        A, B, theta, tau, spec = update
+        A, B, theta = update[:3]
         if A.is_contiguous() and B.is_contiguous() and theta.is_contiguous():
             return update
-        return Update(A.contiguous(), B.contiguous(), theta.contiguous(), tau, spec)
+        return update._replace(A=A.contiguous(), B=B.contiguous(), theta=theta.contiguous())
 
     def merge(self, update: Update, weight: Tensor | None, out: Tensor) -> None:
         if is_transposed(out):

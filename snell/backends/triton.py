@@ -25,7 +25,8 @@ class TritonBackend(Backend):
     remembers = True
 
     def prepare(self, update: Update) -> Update:
-        return update.with_rows(launch.k_major(update.B)).with_columns(launch.k_major(update.A))
+        start = None if update.start is None else self.prepare(update.start)
+        return update._replace(A=launch.k_major(update.A), B=launch.k_major(update.B), start=start)
 
     def merge(self, update: Update, weight: Tensor | None, out: Tensor) -> None:
         merge.merge(update, weight, out)
@@ -33,7 +34,11 @@ class TritonBackend(Backend):
     def factor_grad(
         self, G: Tensor, update: Update, grads: Gradients, weight: Tensor | None = None, merged: Tensor | None = None
     ) -> None:
-        factor_grad.factor_grad(G, update, grads, weight, merged)
+        if merged is None or update.start is None:
+            factor_grad.factor_grad(G, update, grads, weight, merged)
+        else:  # beside the two products, the start's factors would spill
+            factor_grad.factor_grad(G, update, grads)
+            merge.merge(update, weight, merged)
 
     @torch.no_grad()
     def select(self, A: Tensor, B: Tensor, theta: Tensor, spec: Spec, k: int) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from snell import functional
 from snell.functional import WEIGHT_DTYPES
+from snell.initial import identity_start
 from snell.peft import SnellConfig
 from snell.spec import Spec
 from snell.update import Update
@@ -63,7 +64,10 @@ class Adapter:
         if not _fit(A, B, theta, spec):
             shapes = ", ".join(f"snell_{name} {list(tensor.shape)}" for name, tensor in tensors.items())
             raise click.ClickException(f"{layer} holds {shapes}, which does not fit rank {spec.rank} of {CONFIG_NAME}")
-        return functional.update(A, B, theta, spec)
+        start = None
+        if self.config.init_weights == "identity":
+            start = identity_start(len(B), A, spec, scale, self.config.init_seed)
+        return functional.update(A, B, theta, spec, None if start is None else start.update)
 
 
 def _fit(A: Tensor, B: Tensor, theta: Tensor, spec: Spec) -> bool:

@@ -71,6 +71,11 @@ def notes(rows: Sequence[Row], adapter: Adapter, base: str | None) -> list[str]:
             f"note: |dW| > |W0| in {len(excess)} of {len(rows)} layers (marked !), most in {largest.name}: there the "
             "update outweighs the weight that it tunes. A smaller scale or learning rate keeps it smaller."
         )
+    if adapter.config.init_weights == "identity" and any(row.sparsity_asked for row in rows):
+        found.append(
+            "note: the adapter subtracts the update it started with. Survivors are all entries that differ from the "
+            "base's weight, up to twice as many as the sparsity alone leaves; |dW| is the norm of the difference."
+        )
     missing = [row.name for row in rows if base is not None and row.base_norm is None]
     if missing:
         found.append(f"{base} holds no float weight for {len(missing)} of the layers, such as {missing[0]}.")

@@ -65,9 +65,9 @@ def count(
     update = backend.prepare(Update(A, B, theta, A.new_zeros(()), ungated))
 
     def tiles() -> Iterator[Tensor]:
-        for block in update.B.split(rows):
-            tile = out[: block.shape[0]]
-            backend.merge(update.with_rows(block), None, tile)
+        for block in update.split(rows, 0):
+            tile = out[: block.B.shape[0]]
+            backend.merge(block, None, tile)
             yield tile
 
     return radix.smallest(k, tiles, A, add)

@@ -122,7 +122,7 @@ class Expected:
 
     def K(self) -> Tensor:
         """K in float64."""
-        A, B, theta, _, spec = self.exact
+        A, B, theta, _, spec, _ = self.exact
         return reference.kernel_matrix(A, B, theta, kernel=spec.kernel, groups=spec.groups)
 
     def K_error(self) -> Tensor:
@@ -132,7 +132,7 @@ class Expected:
     @cached_property
     def _statistics(self) -> list[_Statistic]:
         """Each is a sum of r products, or of r squares of rounded differences."""
-        A, B, _, _, spec = self.exact
+        A, B, _, _, spec, _ = self.exact
         rounding = 2 * (spec.rank + 8) * self.eps
         values = spec.function.statistics(A, B, spec.groups)
         if spec.function.statistic == "dot":
@@ -178,7 +178,7 @@ class Expected:
             G_error: bound on the G that the backend has, beside this one.
         """
         G_error = G_error + self.tf32_error(G.dtype) * G.double().abs()
-        *factors, tau, spec = self.exact
+        *factors, tau, spec, _ = self.exact
         A, B, theta = leaves = tuple(t.clone().requires_grad_() for t in factors)
         merged = reference.merge(A, B, theta, tau, kernel=spec.kernel, groups=spec.groups, gate=spec.gate)
         values = torch.autograd.grad(merged, leaves, G.double(), materialize_grads=True, allow_unused=True)
@@ -191,7 +191,7 @@ class Expected:
         return TF32_ERROR if rounds else 0.0
 
     def _gradient_bounds(self, G: Tensor, G_error: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
-        A, B, theta, _, spec = self.exact
+        A, B, theta, _, spec, _ = self.exact
         gates, gate_error = self.gates()
         H = (G * gates).abs()
         H_error = G.abs() * gate_error + (gates + gate_error) * G_error + 2 * self.eps * H

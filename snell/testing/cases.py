@@ -156,11 +156,23 @@ def _few_tokens(case: Case) -> float:
     return max(case.layer("y", tokens=FEW, weighted=weighted) for weighted in (True, False))
 
 
+def _start(case: Case) -> float:
+    """Less itself an update is 0 and leaves the weight's bits. Less another one it is the sum of both, one negated."""
+    A, B, theta = case.update[:3]
+    other = functional.update(A.roll(1, 0), B.roll(1, 0), theta, case.spec)
+    same, less = case.update._replace(start=case.update), case.update._replace(start=other)
+    if not functional.dense(same, weight=case.weight).equal(case.weight) or functional.dense(same).any():
+        return torch.inf
+    expected = functional.dense(case.update).detach() - functional.dense(other).detach()
+    return 0.0 if functional.dense(less).equal(expected) else torch.inf
+
+
 #: The checks of a backend. Each returns the largest error as a share of its bound, or None if the backend lacks it.
 OPERATIONS: dict[str, Callable[[Case], float | None]] = {
     "select": _select,
     "survivors": _survivors,
     "merge": _merge,
+    "merge, less a start": _start,
     "factor gradients": _factor_gradients,
     "linear, forward": lambda case: case.layer("y"),
     "linear, backward": lambda case: case.layer(*_GRADIENTS),

@@ -75,7 +75,7 @@ def test_survivors_are_exact_and_agree_at_full_size(m, n):
     tau = hard.tau
     below = at = gone = 0
     for rows in range(0, m, 4096):
-        block = hard.with_rows(B[rows : rows + 4096])
+        block = hard.rows(slice(rows, rows + 4096))
         K = functional.dense(ungated, slice(rows, rows + 4096))
         below, at = below + int((K.abs() < tau).sum()), at + int((K.abs() == tau).sum())
         merged = torch.randn_like(K)

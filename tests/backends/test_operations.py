@@ -163,7 +163,7 @@ def test_any_rectangle_has_the_bits_of_the_whole(backend, small):
         r0, c0 = data.draw(st.integers(0, case.m - 1)), data.draw(st.integers(0, case.n - 1))
         r1, c1 = data.draw(st.integers(r0 + 1, case.m)), data.draw(st.integers(c0 + 1, case.n))
         weight = torch.randn(case.m, case.n, generator=case.generator())
-        block = update.with_columns(update.A[c0:c1]).with_rows(update.B[r0:r1])
+        block = update.columns(slice(c0, c1)).rows(slice(r0, r1))
         for base in (None, weight):
             part = merge(block, None if base is None else base[r0:r1, c0:c1])
             assert part.equal(merge(update, base)[r0:r1, c0:c1])
@@ -419,5 +419,5 @@ def test_opcheck(backend):
     utils = ("test_schema", "test_faketensor")
     torch.library.opcheck(ops.select_threshold.default, (*update[:3], 0.9, "piecewise_linear", 2), test_utils=utils)
     for weight in (None, torch.randn(9, 13), torch.randn(9, 13).bfloat16()):
-        torch.library.opcheck(ops.merge.default, (weight, *flat), test_utils=utils)
+        torch.library.opcheck(ops.merge.default, (weight, *flat, *[None] * 4), test_utils=utils)
     torch.library.opcheck(ops.merge_backward.default, (torch.randn(9, 13), *flat), test_utils=utils)

@@ -16,6 +16,7 @@ WORK = (
     "splits",
     "tensor_parallel",
     "tensor_parallel_before_peft",
+    "identity_start",
     "other_layouts_are_refused",
 )
 

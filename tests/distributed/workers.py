@@ -52,8 +52,8 @@ def ddp() -> None:
     close(factors(module), factors(single))
 
 
-def _sharded(**policy) -> PeftModel:
-    module = model()
+def _sharded(module: PeftModel | None = None, **policy) -> PeftModel:
+    module = module or model()
     for layer in module.base_model.model.model.layers:
         fully_shard(layer, **policy)
     fully_shard(module, **policy)
@@ -191,6 +191,33 @@ def tensor_parallel_before_peft() -> None:
     twin.load_state_dict(factors(module), strict=False)
     assert_losses(train(module, batch()), train(twin, batch()))
     close(factors(module), factors(twin))
+
+
+def identity_start() -> None:
+    """Processes whose generators differ draw the same start, and train from it as one process does."""
+    rank, processes = dist.get_rank(), dist.get_world_size()
+
+    def fresh() -> PeftModel:
+        base = model().unload()
+        torch.manual_seed(rank)
+        settings = {"init_weights": "identity", "gate": "hard", "scale": 1.0}
+        return get_peft_model(base, SnellConfig(r=4, target_modules="all-linear", **settings))
+
+    single, base = fresh(), model().unload()
+    assert torch.equal(single(**batch()).logits, base(**batch()).logits)
+    losses = train(single, batch())
+    assert losses[-1] < losses[0] - 1e-2
+    assert_losses(train(nn.parallel.DistributedDataParallel(fresh()), batch(rank, processes), processes), losses)
+    sharded = _sharded(fresh())
+    assert_losses(train(sharded, batch(rank, processes), processes), losses)
+    close({key: p.full_tensor() for key, p in factors(sharded).items()}, factors(single))
+    split = fresh()
+    _parallel(split.base_model.model, ".base_layer")
+    with split.disable_adapter():
+        off = split(**batch()).logits
+    assert torch.equal(split(**batch()).logits, off)
+    assert_losses(train(split, batch()), losses)
+    close(factors(split), factors(single))
 
 
 def other_layouts_are_refused() -> None:

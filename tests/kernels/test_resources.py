@@ -53,10 +53,10 @@ def test_kernels_keep_to_registers_and_shared_memory(arch, tmp_path, capsys):
     run("-m", "snell", "bench", "resources", "--arch", str(arch), "--out", tmp_path)
     table = json.loads((tmp_path / "resources.json").read_text())["kernels"]
     with capsys.disabled():
-        print(f"\n{'sm_' + str(arch):20}{'settings':26}{'dtypes':36}{'warps':>6}{'regs':>6}{'shared':>8}{'stack':>6}")
+        print(f"\n{'sm_' + str(arch):20}{'settings':28}{'dtypes':36}{'warps':>6}{'regs':>6}{'shared':>8}{'stack':>6}")
         for row in table:
             print(
-                f"{row['kernel']:20}{row['settings']:26}{row['dtypes']:36}{row['warps']:6}{row['registers']:6}"
+                f"{row['kernel']:20}{row['settings']:28}{row['dtypes']:36}{row['warps']:6}{row['registers']:6}"
                 f"{row['shared']:8}{row['stack']:6}"
             )
     assert {row["kernel"] for row in table} == KERNELS

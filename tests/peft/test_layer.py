@@ -405,14 +405,10 @@ def test_the_published_start_is_small_and_the_identity_start_is_exactly_nothing(
         assert torch.equal(layer.get_delta_weight("default"), torch.zeros(M, N))
         layer(torch.randn(4, N)).square().sum().backward()
         assert layer.snell_B["default"].weight.grad.abs().max() > 0
-    with pytest.raises(ValueError, match="identity"):
-        adapt(linear(), init_weights="identity", sparsity=0.5, kernel="linear")
-    with pytest.raises(ValueError, match="identity"):
-        adapt(linear(), init_weights="identity", sparsity=0.0)
 
 
 def test_an_update_of_exactly_nothing_has_no_gradient_where_entries_compete():
-    # Why there is no identity start with sparsity: K = 0 implies a gate of 0, whatever the gate.
+    # Why an identity start with sparsity subtracts one: K = 0 implies a gate of 0, whatever the gate.
     for gate in ("soft", "magnitude", "hard"):
         layer = adapt(linear(), kernel="linear", gate=gate)
         with torch.no_grad():

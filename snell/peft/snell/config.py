@@ -8,6 +8,7 @@ from typing import Any
 from peft.config import PeftConfig
 from peft.utils.other import get_pattern_key
 
+from snell.initial import check_seed
 from snell.kernel_functions import KERNEL_FUNCTIONS
 from snell.peft.common.card import add_import
 from snell.peft.common.kind import kind
@@ -54,10 +55,13 @@ class SnellConfig(PeftConfig):
             With any but ``none`` a disabled adapter no longer gives the base model's outputs.
         fan_in_fan_out: Whether the targets store their weight [in, out]. Known by itself for Conv1D and Linear.
         init_weights: True: factors drawn as published. dW is then small, but not 0: a fresh adapter does not give
-            the base model's outputs exactly (a disabled, unmerged or deleted one does). ``"identity"``: dW is
-            exactly 0; exists for ``sparsity=0`` with ``linear`` or ``sigmoid`` alone, because where entries
-            compete an update of exactly 0 has no gradient. False: an update that shows, for tests: normal
-            factors, halved until \\|K\\| is at most about 1/2.
+            the base model's outputs exactly (a disabled, unmerged or deleted one does). ``"identity"``: a fresh
+            adapter gives them to the bit, and trains: the layer subtracts the constant dW of its first factors,
+            drawn anew from ``init_seed`` and never saved; up to 2 (1 - s) m n entries of the weight then change.
+            (With ``sparsity=0`` and ``linear`` or ``sigmoid`` B starts at 0 instead, as in LoRA.) False: an
+            update that shows, for tests: normal factors, halved until \\|K\\| is at most about 1/2.
+        init_seed: What ``"identity"`` draws its factors from, and must draw them from again when the adapter is
+            loaded: so not torch's generator, which every process may have in another state.
 
     Raises:
         ValueError, TypeError: a setting that does not fit, naming it.
@@ -104,8 +108,10 @@ class SnellConfig(PeftConfig):
     bias: str = field(default="none", metadata={"help": "Biases trained too: none, all or snell_only."})
     fan_in_fan_out: bool = field(default=False, metadata={"help": "Whether the targets store their weight [in, out]."})
     init_weights: bool | str = field(
-        default=True, metadata={"help": "True: as published; 'identity': dW is 0; False: a visible update, for tests."}
+        default=True,
+        metadata={"help": "True: as published; 'identity': starts as the base; False: a visible update, for tests."},
     )
+    init_seed: int = field(default=0, metadata={"help": "Seed of the factors of an identity start."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -128,6 +134,7 @@ class SnellConfig(PeftConfig):
             raise ValueError(f"train_theta must be True, False or None; got {self.train_theta!r}")
         if self.init_weights not in INIT_WEIGHTS:
             raise ValueError(f"init_weights must be one of {INIT_WEIGHTS}; got {self.init_weights!r}")
+        check_seed(self.init_seed)
         if self.bias not in BIASES:
             raise ValueError(f"bias must be one of {', '.join(BIASES)}; got {self.bias!r}")
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:

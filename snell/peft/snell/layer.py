@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from snell import functional
-from snell.initial import draw, draw_identity, draw_visible, relative_size
+from snell.initial import Start, draw, draw_identity, draw_visible, relative_size
 from snell.merging import Merged, row_blocks
 from snell.peft.common import base, checkpoint
 from snell.peft.common.factor import Factor
@@ -41,10 +42,11 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
             half precision). Scalars that are not trained are part of the configuration, not of the state.
         merged_adapters: names of the adapters whose update the base weight holds, in the order they went in.
         snell_spec: kernel function, gate, groups, rank and sparsity by adapter name.
+        snell_start: what is subtracted from the update of an adapter that starts as the identity, by adapter name.
     """
 
     adapter_layer_names = ("snell_A", "snell_B", "snell_theta")
-    other_param_names = ("snell_dropout", "snell_spec", "snell_scale", "snell_constants")
+    other_param_names = ("snell_dropout", "snell_spec", "snell_scale", "snell_constants", "snell_start")
 
     def __init__(
         self,
@@ -66,6 +68,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         self.snell_spec: dict[str, Spec] = {}
         self.snell_scale: dict[str, float] = {}
         self.snell_constants: dict[str, Tensor] = {}
+        self.snell_start: dict[str, Start | None] = {}
         self._disable_adapters = False
         self._merged: dict[str, Merged | base.Quantised] = {}
         self._active_adapter = adapter_name
@@ -73,13 +76,14 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, spec: Spec, config: SnellConfig) -> None:
         """Add an adapter, or draw it anew."""
-        start = {True: draw, False: draw_visible, "identity": draw_identity}[config.init_weights]
         device, dtype = base.device_and_dtype(self.base_layer)
         options: dict[str, Any] = {"device": device, "dtype": factor_dtype(dtype)}
         A = torch.empty(self.in_features, spec.rank, **options)
         B = torch.empty(self.out_features, spec.rank, **options)
         theta = torch.empty(spec.num_theta, **options)
-        start(A, B, theta, spec, config.scale)
+        seeded = partial(draw_identity, seed=config.init_seed)
+        draws: dict[Any, Callable[..., Any]] = {True: draw, False: draw_visible, "identity": seeded}
+        self.snell_start[adapter_name] = draws[config.init_weights](A, B, theta, spec, config.scale)
         split = base.split(self.base_layer, self.fan_in_fan_out)
         if split is not None:
             split.agree(A, B)
@@ -157,7 +161,9 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
     def _update(self, name: str) -> Update:
         A, B, theta, spec = self._parameters_of(name)
         split = base.split(self.base_layer, self.fan_in_fan_out)
-        return functional.update(A, B, theta, spec) if split is None else split.update(A, B, theta, spec)
+        start = self.snell_start[name]
+        rest = A, B, theta, spec, None if start is None else start.like(A).update
+        return functional.update(*rest) if split is None else split.update(*rest)
 
     def _parameters_of(self, name: str) -> Parameters:
         theta = self.snell_theta[name]() if name in self.snell_theta else self.snell_constants[name]
@@ -168,7 +174,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         return (self._parameters_of(name) for name in self.snell_A)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """Dense dW of one adapter, laid out as the base weight is, in float32 or, where the base is, float64."""
+        """Dense dW of one adapter, less its start's, laid out as the base weight; float32, or float64 as that."""
         delta = functional.dense(self._update(adapter))
         return delta.T if self.fan_in_fan_out else delta
 
@@ -176,8 +182,8 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the update of adapters into the base weight, in place.
 
-        Until they are unmerged the layer keeps the weights that survivors replaced, (1 - s) * m * n numbers an
-        adapter, so that unmerging gives the base weight back bit for bit.
+        Until they are unmerged the layer keeps the weights that change, (1 - s) * m * n numbers an adapter and up to
+        twice as many with an identity start, so that unmerging gives the base weight back bit for bit.
 
         Args:
             safe_merge: look for NaN and infinity before the weight is touched.
@@ -266,10 +272,13 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
 
     def _place_constants(self) -> None:
         # Written anew rather than moved: what a model holds after .to_empty() is not what it held before.
-        for name in self.snell_constants:
-            theta = self.snell_spec[name].initial_theta(self.snell_scale[name])
+        for name, spec in self.snell_spec.items():
             A = self._parameters_of(name)[0]
-            self.snell_constants[name] = torch.tensor(theta, dtype=A.dtype, device=A.device)
+            if (start := self.snell_start[name]) is not None:
+                self.snell_start[name] = start = start.like(A)
+            if name in self.snell_constants:
+                theta = torch.tensor(spec.initial_theta(self.snell_scale[name]), dtype=A.dtype, device=A.device)
+                self.snell_constants[name] = theta if start is None else start.update.theta
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedLinear:
         # Another device or dtype may decide survivors by other bits, so merged updates come out first.
