@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from snell import native
@@ -74,3 +75,16 @@ class CpuBackend(Backend):
         for dy, some_x in zip(grad_y.tensor_split(slabs), x.tensor_split(slabs), strict=True):
             native.factor_grad_of_tokens(update, grads, dy.t().contiguous(), some_x.t().contiguous())
         return True
+
+    def edit(self, u: Tensor, scaling: Tensor, bias: Tensor) -> Tensor:
+        z = torch.empty_like(u)
+        native.edit(u, scaling, bias, z)
+        return z
+
+    def edit_backward(
+        self, grad: Tensor, u: Tensor | None, scaling: Tensor, needs: tuple[bool, bool, bool]
+    ) -> tuple[Tensor | None, ...]:
+        likes = (grad, scaling, scaling)
+        into = tuple(torch.empty_like(like) if need else None for like, need in zip(likes, needs, strict=True))
+        native.edit_grad(grad, u, scaling, into)
+        return into
