@@ -107,6 +107,6 @@ class Backend(ABC):
         wide = grad.to(scaling.dtype)
         return (
             (wide * scaling).to(grad.dtype) if needs[0] else None,
-            (wide * u).sum(0) if needs[1] else None,
+            (wide * u).sum(0) if u is not None and needs[1] else None,
             wide.sum(0) if needs[2] else None,
         )
