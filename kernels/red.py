@@ -94,6 +94,7 @@ def edit_grad(
         BLOCK_M=row.block_m,
         BLOCK_N=row.block_n,
     )
-    sums = scaling.new_zeros(2, m)
-    add_all_shares((*shares, shares[0, 0, :0]), (*sums, sums[0, :0]), strips, strips)
-    return grad_u, sums[0] if needs[1] else None, sums[1] if needs[2] else None
+    # Two tensors: results of an operation must not share memory.
+    grad_scaling, grad_bias = torch.zeros_like(scaling), torch.zeros_like(scaling)
+    add_all_shares((*shares, shares[0, 0, :0]), (grad_scaling, grad_bias, grad_bias[:0]), strips, strips)
+    return grad_u, grad_scaling if needs[1] else None, grad_bias if needs[2] else None

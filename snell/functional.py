@@ -243,7 +243,7 @@ def edit(u: Tensor, scaling: Tensor, bias: Tensor) -> Tensor:
     for name, vector in (("scaling", scaling), ("bias", bias)):
         if not u.dim() or u.shape[-1] != vector.shape[0] or not vector.shape[0]:
             raise ValueError(
-                f"{name} must have an entry for each of u's last axis; got {vector.shape[0]} for {tuple(u.shape)}"
+                f"{name} must be as long as u's last axis; got {vector.shape[0]} for u of shape {tuple(u.shape)}"
             )
         if vector.device != u.device:
             raise ValueError(f"{name} must be on u's device, {u.device}; got {vector.device}")

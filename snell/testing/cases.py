@@ -11,7 +11,7 @@ from torch import Tensor
 from snell import backends, functional
 from snell.kernel_functions import KERNEL_FUNCTIONS
 from snell.spec import GATES, Spec
-from snell.testing import bounds
+from snell.testing import bounds, edits
 from snell.testing.bounds import Expected, share_of_bound
 from snell.update import Gradients
 
@@ -154,6 +154,15 @@ def _few_tokens(case: Case) -> float:
     return max(case.layer("y", tokens=FEW, weighted=weighted) for weighted in (True, False))
 
 
+def _edit(case: Case) -> float:
+    """The edit of the layer's outputs, and its gradients, with a column of the factors for each vector."""
+    u, vectors = case.grad_y.clone().requires_grad_(), [t.clone().requires_grad_() for t in case.update.B.T[:2]]
+    z = functional.edit(u, *vectors)
+    grads = torch.autograd.grad(z, (u, *vectors), case.grad_y.flip(0))
+    expected = edits.edit(u, *vectors, case.grad_y.flip(0))
+    return max(share_of_bound(one.detach(), *pair) for one, pair in zip((z, *grads), expected.values(), strict=True))
+
+
 #: The checks of a backend. Each returns the largest error as a share of its bound, or None if the backend lacks it.
 OPERATIONS: dict[str, Callable[[Case], float | None]] = {
     "select": _select,
@@ -165,4 +174,5 @@ OPERATIONS: dict[str, Callable[[Case], float | None]] = {
     "x dW^T, both ways": lambda case: case.layer("y", *_GRADIENTS, weighted=False),
     "linear, few tokens": _few_tokens,
     "gradients of survivors": _gradients_of_tokens,
+    "edit, both ways": _edit,
 }

@@ -81,7 +81,7 @@ class EditedLinear(TunerLayer):
         if y.shape != (*x.shape[:-1], len(scaling)):
             raise ValueError(
                 f"the base layer answers {tuple(y.shape)} to {tuple(x.shape)} where the edit has {len(scaling)} "
-                "outputs: of tensor parallelism, the default layouts of ColwiseParallel and RowwiseParallel are supported"
+                "outputs: of tensor parallelism, the default layouts of ColwiseParallel and RowwiseParallel work"
             )
         return functional.edit(y, scaling, bias)
 
