@@ -92,6 +92,7 @@ def kernel_calls(update: Update, dtype: torch.dtype, columns: int | None = None)
         weight[:, 0],
         update.with_columns(update.A[:block]),
     )
+    vector = torch.randn(n, device=update.A.device)
     grads, fingerprint = Gradients.zeros(part), torch.zeros((), dtype=torch.int64, device=update.A.device)
 
     def select_anew() -> Tensor:
@@ -104,4 +105,6 @@ def kernel_calls(update: Update, dtype: torch.dtype, columns: int | None = None)
         "merge": lambda: triton.merge(update, weight, weight),
         "factor_grad": lambda: triton.factor_grad(G, part, grads, base, G),
         "few_tokens": lambda: triton.few_tokens(x, weight, bias, update),
+        "edit": lambda: triton.edit(x, vector, vector),
+        "edit_grad": lambda: triton.edit_backward(x, x, vector, (True, True, True)),
     }

@@ -156,11 +156,12 @@ def _few_tokens(case: Case) -> float:
 
 def _edit(case: Case) -> float:
     """The edit of the layer's outputs, and its gradients, with a column of the factors for each vector."""
-    u, vectors = case.grad_y.clone().requires_grad_(), [t.clone().requires_grad_() for t in case.update.B.T[:2]]
-    z = functional.edit(u, *vectors)
-    grads = torch.autograd.grad(z, (u, *vectors), case.grad_y.flip(0))
-    expected = edits.edit(u, *vectors, case.grad_y.flip(0))
-    return max(share_of_bound(one.detach(), *pair) for one, pair in zip((z, *grads), expected.values(), strict=True))
+    u, grad = case.grad_y.clone().requires_grad_(), case.grad_y.flip(0)
+    scaling, bias = (column.clone().requires_grad_() for column in case.update.B.T[:2])
+    z = functional.edit(u, scaling, bias)
+    results = (z.detach(), *torch.autograd.grad(z, (u, scaling, bias), grad))
+    expected = edits.edit(u, scaling, bias, grad)
+    return max(share_of_bound(result, *pair) for result, pair in zip(results, expected.values(), strict=True))
 
 
 #: The checks of a backend. Each returns the largest error as a share of its bound, or None if the backend lacks it.
