@@ -38,12 +38,12 @@ class EditedLinear(TunerLayer):
         quantisation: what PEFT's quantisation backends need beside the base layer, to merge into it.
 
     Attributes:
-        red_edit_scaling: s ``[m]``, red_edit_bias: c ``[m]``, each the ``weight`` of a leaf module by adapter name;
+        repr_scaling: s ``[m]``, repr_bias: c ``[m]``, each the ``weight`` of a leaf module by adapter name;
             float32, or float64 where the base is.
     """
 
     tuner = "RED"
-    adapter_layer_names = ("red_edit_scaling", "red_edit_bias")
+    adapter_layer_names = ("repr_scaling", "repr_bias")
     other_param_names = ()
 
     def __init__(
@@ -56,7 +56,7 @@ class EditedLinear(TunerLayer):
         quantisation: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(base_layer, fan_in_fan_out=fan_in_fan_out, quantisation=quantisation)
-        self.red_edit_scaling, self.red_edit_bias = nn.ModuleDict(), nn.ModuleDict()
+        self.repr_scaling, self.repr_bias = nn.ModuleDict(), nn.ModuleDict()
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
 
@@ -73,7 +73,7 @@ class EditedLinear(TunerLayer):
         split = base.split(self.base_layer, self.fan_in_fan_out)
         if split is not None:
             split.agree(scaling, bias)
-        self.red_edit_scaling[adapter_name], self.red_edit_bias[adapter_name] = Factor(scaling), Factor(bias)
+        self.repr_scaling[adapter_name], self.repr_bias[adapter_name] = Factor(scaling), Factor(bias)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _adapted(self, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Tensor:
@@ -90,7 +90,7 @@ class EditedLinear(TunerLayer):
 
     def _edit(self, names: list[str]) -> tuple[Tensor, Tensor]:
         """s and c of these adapters one after another, or this process's piece of them."""
-        first, *others = ((full(self.red_edit_scaling[n]()), full(self.red_edit_bias[n]())) for n in names)
+        first, *others = ((full(self.repr_scaling[n]()), full(self.repr_bias[n]())) for n in names)
         scaling, bias = first
         for s, c in others:
             scaling, bias = s * scaling, s * bias + c

@@ -37,7 +37,7 @@ class RedModel(TunerModel):
         low_cpu_mem_usage: create the vectors on the meta device, to be loaded into.
     """
 
-    prefix: str = "red_edit_"
+    prefix: str = "repr_"
     tuner_layer_cls = EditedLinear
     target_module_mapping: dict[str, Any] = {kind: [name] for kind, name in _FEED_FORWARD.items()}
 
