@@ -316,6 +316,21 @@ def test_activation_checkpointing_gives_the_same_gradients():
 
 
 @pytest.mark.parametrize("kind", [LoraConfig, SnellConfig])
+def test_on_top_of_another_tuner_both_are_saved_and_loaded(kind, tmp_path):
+    base, inputs = build("llama"), batch("llama")
+    untouched = copy.deepcopy(base)
+    below = get_peft_model(base, kind(r=4, target_modules="all-linear"))
+    model = get_peft_model(below.get_base_model(), RedConfig(init_weights=False), adapter_name="red")
+    train(model, inputs)
+    tuned = logits(model, inputs)
+    save_adapter(model, tmp_path)
+    # One after the other, as they were attached.
+    below = PeftModel.from_pretrained(untouched, tmp_path)
+    again = PeftModel.from_pretrained(below.get_base_model(), tmp_path / "red", adapter_name="red").eval()
+    assert torch.equal(logits(again, inputs), tuned)
+
+
+@pytest.mark.parametrize("kind", [LoraConfig, SnellConfig])
 def test_on_top_of_another_tuner_both_train_and_merge(kind):
     base, inputs = build("llama"), batch("llama")
     below = get_peft_model(base, kind(r=4, target_modules="all-linear"))
