@@ -336,6 +336,16 @@ def test_hooks_on_the_base_layer_run_and_a_wrong_answer_is_refused():
         layer(x)
 
 
+def test_a_compiled_layer_gives_the_same_without_a_break():
+    layer, x = edit(linear(), "other"), torch.randn(5, N, requires_grad=True)
+    layer.set_adapter(["default", "other"])
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    leaves = (x, *vectors(layer), *vectors(layer, "other"))
+    results = [(z, *torch.autograd.grad(z.square().sum(), leaves)) for z in (layer(x), compiled(x))]
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_copies_compute_the_same():
     layer, x = edit(linear()), torch.randn(3, N)
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
