@@ -208,6 +208,16 @@ def test_safe_merge_refuses_a_broken_edit_and_leaves_the_layer_alone(where):
     assert not layer.merged
 
 
+def test_safe_merge_looks_at_what_is_written():
+    layer = edit(linear().half())
+    with torch.no_grad():
+        # Finite in float32, and not in float16, whose largest number is 65504.
+        layer.base_layer.weight[3, 1], vectors(layer)[0][3] = 60000, 2
+    with pytest.raises(ValueError, match="NaNs detected in the merged weights"):
+        layer.merge(safe_merge=True)
+    assert not layer.merged
+
+
 def test_an_interrupt_leaves_each_edit_merged_or_not_and_says_which(monkeypatch):
     monkeypatch.setattr("snell.peft.red.layer._ROWS", 16)
     layer = edit(no_bias(), "other")

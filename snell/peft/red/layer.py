@@ -131,8 +131,8 @@ class _Merged:
             yield rows, rows * s[:, None]
 
     def is_finite(self, weight: Tensor) -> bool:
-        """Whether what would be written is."""
-        finite = (rows.isfinite().all() for _, rows in self._blocks(weight))
+        """Whether what would be written is, once it is rounded to the weight's dtype."""
+        finite = (merged.to(weight.dtype).isfinite().all() for _, merged in self._blocks(weight))
         return bool(local(self.merged_bias).isfinite().all()) and all(finite)
 
     def put_in(self, weight: Tensor) -> None:
