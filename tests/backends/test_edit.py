@@ -137,7 +137,7 @@ def test_compiled_whole_it_gives_the_same(backend):
         assert torch.equal(one, other)
 
 
-def test_opcheck(backend):
+def test_opcheck_of_the_edit(backend):
     u, scaling, bias, grad = drawn((2, 3), 9)
     torch.library.opcheck(torch.ops.snell.edit.default, (u, scaling, bias))
     for needs in ([True, True, True], [True, False, False], [False, True, True]):
