@@ -63,6 +63,12 @@ OPTIONS: dict[str, tuple[Decorator, ...]] = {
         _one("--rank", _COUNT, 32, "Columns of the factors."),
         _REPETITIONS,
     ),
+    "red": (
+        _WHERE,
+        _several("--model", click.Choice(("vit-b", "llama")), _ALL),
+        _one("--rank", _COUNT, 32, "Columns of LoRA's factors."),
+        _REPETITIONS,
+    ),
     "operations": (_one("--repetitions", _COUNT, 11, "Timed runs of each."),),
     "growth": (_WHERE, _seconds(6.0, "point")),
     "minilm": (_one("--steps", _COUNT, 40, "Training steps of every run."),),

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, ShiraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, ShiraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import logging
 
 from snell import SnellLinear
-from snell.peft import SnellConfig
+from snell.peft import RedConfig, SnellConfig
 
 RANK, SPARSITY, GROUPS, SCALE = 32, 0.9, 2, 0.1
 
@@ -49,6 +49,21 @@ class Published(nn.Module):
         return nn.functional.linear(x, self.base.weight + delta.to(x.dtype), self.base.bias)
 
 
+class PlainRed(nn.Module):
+    """RED as plain PyTorch: a product and a sum, whose gradients autograd takes one by one."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.scaling = nn.Parameter(torch.ones(base.out_features, device=base.weight.device))
+        self.bias = nn.Parameter(torch.zeros(base.out_features, device=base.weight.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., n] -> [..., m]``."""
+        y = self.base(x)
+        return (self.scaling * y + self.bias).to(y.dtype)
+
+
 def quiet_libraries() -> None:
     """Keep warnings that are not about what is measured from breaking up progress bars."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
@@ -63,10 +78,15 @@ def targets(model: nn.Module) -> list[str]:
     return [name for name in linears if not name.endswith(LEFT_ALONE)]
 
 
-def replaced(model: nn.Module, make: Callable[[Layer], nn.Module], kind: type[Layer] = nn.Linear) -> nn.Module:
-    """The model with ``make(layer)`` in the place of every layer of ``kind`` that is adapted."""
+def replaced(
+    model: nn.Module,
+    make: Callable[[Layer], nn.Module],
+    kind: type[Layer] = nn.Linear,
+    endings: tuple[str, ...] = ("",),
+) -> nn.Module:
+    """The model with ``make(layer)`` in the place of every layer of ``kind`` that is adapted and is named so."""
     for name, layer in list(model.named_modules()):
-        if isinstance(layer, kind) and not name.endswith(LEFT_ALONE):
+        if isinstance(layer, kind) and name.endswith(endings) and not name.endswith(LEFT_ALONE):
             model.set_submodule(name, make(layer))
     return model
 
@@ -87,6 +107,26 @@ def _lora(**settings: Any) -> LoraConfig:
     return LoraConfig(**{"lora_alpha": settings["r"], **settings})
 
 
+#: The second layer of a feed-forward block, whose outputs RED edits; (IA)^3 scales its inputs, and keys and values.
+EDITED, KEYS_AND_VALUES = ("fc2", "down_proj"), ("k_proj", "v_proj")
+
+
+def _ia3(model: nn.Module, rank: int) -> nn.Module:
+    names = {name for name in targets(model) if name.endswith((*EDITED, *KEYS_AND_VALUES))}
+    config = IA3Config(target_modules=names, feedforward_modules={name for name in names if name.endswith(EDITED)})
+    return get_peft_model(model, config, autocast_adapter_dtype=False)
+
+
+def _plain_red(model: nn.Module, rank: int) -> nn.Module:
+    model.requires_grad_(False)
+    return replaced(model, lambda layer: PlainRed(layer), endings=EDITED)
+
+
+def _lora_on_edited(model: nn.Module, rank: int) -> nn.Module:
+    names = {name for name in targets(model) if name.endswith(EDITED)}
+    return get_peft_model(model, _lora(r=rank, target_modules=names), autocast_adapter_dtype=False)
+
+
 #: ``adapt(model, rank)`` returns the model with the method's parameters trainable, made of ``model`` itself. Those of
 #: PEFT also take ``head``, a module that is trained whole, and settings of their own. SHiRA's r counts as LoRA's does:
 #: it trains r (m + n) entries of a weight, at places drawn at random.
@@ -96,6 +136,10 @@ ADAPT: dict[str, Adapt] = {
     "dora": _by_peft(lambda **settings: _lora(use_dora=True, **settings)),
     "shira": _by_peft(ShiraConfig),
     "full": lambda model, rank: model.requires_grad_(True),
+    "red": lambda model, rank: get_peft_model(model, RedConfig()),
+    "red-plain": _plain_red,
+    "ia3": _ia3,
+    "lora-edited": _lora_on_edited,
     "published": lambda model, rank: replaced(model.requires_grad_(False), lambda layer: Published(layer, rank)),
 }
 

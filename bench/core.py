@@ -92,6 +92,7 @@ def kernel_calls(update: Update, dtype: torch.dtype, columns: int | None = None)
     block = min(columns or n, n)
     weight, G, base = (torch.randn(m, width, device=update.A.device).to(dtype) for width in (n, block, block))
     x, bias, part = torch.randn(4, n, device=update.A.device).to(dtype), weight[:, 0], update.columns(slice(block))
+    vector = torch.randn(n, device=update.A.device)
     grads, fingerprint = Gradients.zeros(part), torch.zeros((), dtype=torch.int64, device=update.A.device)
 
     def select_anew() -> Tensor:
@@ -104,4 +105,6 @@ def kernel_calls(update: Update, dtype: torch.dtype, columns: int | None = None)
         "merge": lambda: triton.merge(update, weight, weight),
         "factor_grad": lambda: triton.factor_grad(G, part, grads, base, G),
         "few_tokens": lambda: triton.few_tokens(x, weight, bias, update),
+        "edit": lambda: triton.edit(x, vector, vector),
+        "edit_grad": lambda: triton.edit_backward(x, x, vector, (True, True, True)),
     }

@@ -22,6 +22,15 @@ METHODS = {
     "published": Shown("published SNELL", "#b0b7bf"),
 }
 
+#: The methods of ``snell bench red``.
+RED_METHODS = {
+    "red": "RED",
+    "red-plain": "RED in plain PyTorch",
+    "ia3": "PEFT (IA)^3",
+    "lora-edited": "PEFT LoRA on the same layers",
+    "lora": "PEFT LoRA on every layer",
+}
+
 #: Kernel functions, in Okabe and Ito's colours, which colour-blind readers tell apart.
 KERNELS = {
     "linear": Shown("linear (LoRA)", "#e69f00"),

@@ -26,3 +26,11 @@ struct SnellTokens {
   const void *grad_y, *x;
   int64_t tokens;
 };
+
+// An edit of a layer's outputs, z = scaling * u + bias. u and the gradient of z, `grad`, are [tokens, m] of `dtype`; the
+// vectors [m] are of `vector_dtype` (F32 or F64). All are contiguous. Null: not there.
+struct SnellEdit {
+  int64_t tokens, m;
+  const void *u, *grad, *scaling, *bias;
+  int32_t dtype, vector_dtype, threads;
+};

@@ -30,12 +30,19 @@ _FACTOR_GRAD_MANY = Row(32, 32, 4)
 #: As merge: 64 rows feed one matrix instruction, and its columns are walked in strides of 64.
 _FEW_TOKENS = Row(64, 64, 8)
 
+#: Memory alone bounds both: 16 numbers a thread, so that each thread reads and writes whole 16 bytes.
+_EDIT = Row(8, 512, 8)
+#: As edit, with two sums a number.
+_EDIT_GRAD = Row(16, 128, 4)
+
 _ROWS = {
     "merge": _MERGE,
     "select": _SELECT,
     "factor_grad": _FACTOR_GRAD,
     "factor_grad_many": _FACTOR_GRAD_MANY,
     "few_tokens": _FEW_TOKENS,
+    "edit": _EDIT,
+    "edit_grad": _EDIT_GRAD,
 }
 
 #: sm_80 and sm_90 share rows until a machine of each says otherwise: their register files are equal (64 k a

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from snell.competition.processes import select_among
 from snell.spec import Spec
@@ -66,6 +66,20 @@ class Split(NamedTuple):
 
     def _pieces(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         return (A, B[self.held]) if self.axis == 0 else (A[self.held], B)
+
+    def rows(self, *vectors: Tensor) -> list[Tensor]:
+        """This process's rows of whole vectors ``[m]``; all of them if columns are split, since outputs are whole then.
+
+        Differentiable: if rows are split, the vectors' gradients are summed over the pieces.
+        """
+        if self.axis == 1:
+            return list(vectors)
+        return [vector[self.held] for vector in _SumGradients.apply(self.group, *vectors)]
+
+    def spread(self, piece: Tensor, length: int, weight: DTensor) -> DTensor:
+        """The vector ``[length]`` of which each process has its rows, laid out as a bias of ``weight`` is."""
+        placement = Shard(0) if self.axis == 0 else Replicate()
+        return DTensor.from_local(piece, weight.device_mesh, [placement], shape=torch.Size([length]), stride=(1,))
 
     def enter(self, x: Tensor) -> Tensor:
         """The layer's input. If rows are split, its gradient is summed over the pieces."""

@@ -42,6 +42,14 @@ class _Tokens(Structure):
     _fields_ = [("grad_y", c_void_p), ("x", c_void_p), ("tokens", c_int64)]
 
 
+class _Edit(Structure):
+    _fields_ = [
+        *((name, c_int64) for name in ("tokens", "m")),
+        *((name, c_void_p) for name in ("u", "grad", "scaling", "bias")),
+        *((name, c_int32) for name in ("dtype", "vector_dtype", "threads")),
+    ]
+
+
 _NO_TOKENS = _Tokens()
 _NO_MATRIX = _Matrix()
 
@@ -70,6 +78,8 @@ def _declare(library: ctypes.CDLL) -> None:
     library.snell_factor_grad.argtypes = [*updates, matrix, POINTER(_Tokens), matrix, matrix, *gradients]
     library.snell_transpose.argtypes = [matrix, c_int64, c_int64, c_void_p, c_int32]
     library.snell_transpose.restype = None
+    library.snell_edit.argtypes = [POINTER(_Edit), c_void_p]
+    library.snell_edit_grad.argtypes = [POINTER(_Edit), *gradients]
     library.snell_fingerprint.argtypes = [c_int, POINTER(c_void_p), POINTER(c_int64), POINTER(c_uint64)]
     library.snell_fingerprint.restype = None
 
@@ -198,6 +208,26 @@ def _transposed(matrix: Tensor) -> Tensor:
     out = matrix.new_empty(columns, -(-rows // TOKENS) * TOKENS)
     _library.snell_transpose(byref(_matrix(matrix)), rows, columns, _address(out), torch.get_num_threads())
     return out
+
+
+def _edit(u: Tensor | None, grad: Tensor | None, scaling: Tensor, bias: Tensor | None) -> _Edit:
+    lead = u if grad is None else grad
+    assert lead is not None
+    tensors = (None if tensor is None else _address(tensor) for tensor in (u, grad, scaling, bias))
+    return _Edit(*lead.shape, *tensors, _DTYPES[lead.dtype], _DTYPES[scaling.dtype], torch.get_num_threads())
+
+
+def edit(u: Tensor, scaling: Tensor, bias: Tensor, z: Tensor) -> None:
+    """``scaling * u + bias`` into ``z``, ``[tokens, m]`` of one dtype as u is; all contiguous."""
+    assert _library is not None
+    _check(_library.snell_edit(byref(_edit(u, None, scaling, bias)), _address(z)))
+
+
+def edit_grad(grad: Tensor, u: Tensor | None, scaling: Tensor, into: tuple[Tensor | None, ...]) -> None:
+    """The gradients of u, scaling and bias into three tensors, None where one is not wanted; all contiguous."""
+    assert _library is not None
+    addresses = (None if tensor is None else _address(tensor) for tensor in into)
+    _check(_library.snell_edit_grad(byref(_edit(u, grad, scaling, None)), *addresses))
 
 
 def density(update: Update, samples: int) -> float:

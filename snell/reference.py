@@ -15,7 +15,7 @@ from torch import Tensor
 from snell.kernel_functions import KERNEL_FUNCTIONS
 from snell.spec import Spec
 
-__all__ = ["gate_values", "kernel_matrix", "merge", "select_threshold", "snell_linear"]
+__all__ = ["edit", "gate_values", "kernel_matrix", "merge", "select_threshold", "snell_linear"]
 
 
 def kernel_matrix(A: Tensor, B: Tensor, theta: Tensor, *, kernel: str, groups: int) -> Tensor:
@@ -88,3 +88,8 @@ def snell_linear(
     tau = select_threshold(A, B, theta, sparsity=sparsity, kernel=kernel, groups=groups)
     merged = merge(A, B, theta, tau, weight=weight, kernel=kernel, groups=groups, gate=spec.effective_gate)
     return torch.nn.functional.linear(x, merged, bias)
+
+
+def edit(u: Tensor, scaling: Tensor, bias: Tensor) -> Tensor:
+    """``scaling * u + bias`` along the last axis: the edit of a layer's outputs (RED, arXiv 2402.15179)."""
+    return scaling * u + bias

@@ -8,7 +8,7 @@ from types import FrameType
 from typing import Any
 
 #: Whose instructions are interrupted.
-FILES = ("snell/linear.py", "snell/merging.py", "snell/peft/snell/layer.py", "snell/peft/common/base.py")
+FILES = ("snell/linear.py", "snell/merging.py", "snell/peft/common/layer.py", "snell/peft/common/base.py")
 
 
 class _Interrupt:

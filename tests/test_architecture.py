@@ -23,7 +23,7 @@ FLOORS = (
     ("snell.backends",),
     ("snell.blocks",),
     ("snell.competition",),
-    ("snell.ops",),
+    ("snell.ops", "snell.red"),
     ("snell.functional",),
     ("snell.initial", "snell.merging", "snell.distributed"),
     ("snell.linear",),

@@ -10,6 +10,7 @@ yardstick and no bound: a block may lie in a cache, and a GEMM does not reach th
 from __future__ import annotations
 
 import statistics
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch

@@ -100,7 +100,7 @@ def kernels(arch: int) -> Iterator[dict[str, Any]]:
     seen: set[str] = set()
     for kernel, rank, groups, dtype in settings:
         calls = core.kernel_calls(update_of(kernel, rank, groups), dtype)
-        for operation in ("merge", "factor_grad", "few_tokens", "select", "verify"):
+        for operation in ("merge", "factor_grad", "few_tokens", "edit", "edit_grad", "select", "verify"):
             # select and verify know no weight.
             if operation not in ("select", "verify") or (rank, dtype) != (32, torch.float32):
                 yield from launches(calls[operation], arch, seen)

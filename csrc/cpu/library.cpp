@@ -14,8 +14,12 @@
   void density(const SnellUpdate&, int64_t, double*);                                                          \
   void factor_grad(const SnellUpdate&, const SnellUpdate*, const SnellMatrix*, const SnellTokens*,             \
                    const SnellMatrix*, const SnellMatrix*, void*, void*, void*);                               \
+  void edit(const SnellEdit&, void*);                                                                          \
+  void edit_grad(const SnellEdit&, void*, void*, void*);                                                       \
   }
-#define SNELL_TABLE(isa) {#isa, snell::isa::merge, snell::isa::select, snell::isa::density, snell::isa::factor_grad}
+#define SNELL_TABLE(isa)                                                                                        \
+  {#isa, snell::isa::merge, snell::isa::select, snell::isa::density, snell::isa::factor_grad, snell::isa::edit, \
+   snell::isa::edit_grad}
 
 SNELL_DECLARE(base)
 #ifdef SNELL_HAVE_V3
@@ -33,6 +37,8 @@ struct Table {
   decltype(&snell::base::select) select;
   decltype(&snell::base::density) density;
   decltype(&snell::base::factor_grad) factor_grad;
+  decltype(&snell::base::edit) edit;
+  decltype(&snell::base::edit_grad) edit_grad;
 };
 
 // The best instruction set of this machine. SNELL_ISA selects a lower one, so that one machine can test all of them.
@@ -123,6 +129,15 @@ SNELL_EXPORT void snell_transpose(const SnellMatrix* matrix, int64_t rows, int64
     transpose(static_cast<const float*>(matrix->data), matrix->stride, rows, columns, static_cast<float*>(out), threads);
   else
     transpose(static_cast<const double*>(matrix->data), matrix->stride, rows, columns, static_cast<double*>(out), threads);
+}
+
+SNELL_EXPORT int snell_edit(const SnellEdit* e, void* z) {
+  return guarded([&] { table.edit(*e, z); });
+}
+
+// Null results are not wanted.
+SNELL_EXPORT int snell_edit_grad(const SnellEdit* e, void* grad_u, void* grad_scaling, void* grad_bias) {
+  return guarded([&] { table.edit_grad(*e, grad_u, grad_scaling, grad_bias); });
 }
 
 // A 128-bit hash of tensors: four lanes of multiply and fold. At the end each lane is mixed into its neighbour, so that

@@ -18,7 +18,8 @@ __all__ = ["Backend"]
 
 
 class Backend(ABC):
-    """Every backend has ``merge`` and ``factor_grad``. The others are optional; their defaults mean "not supported".
+    """Every backend has ``merge`` and ``factor_grad``. The others are optional; their defaults mean "not supported", or
+    compute in plain PyTorch (``edit``).
 
     Attributes:
         name: as in ``backends.AVAILABLE``.
@@ -100,3 +101,24 @@ class Backend(ABC):
             out have been added to ``grads``. None: the caller computes G.
         """
         return None
+
+    def edit(self, u: Tensor, scaling: Tensor, bias: Tensor) -> Tensor:
+        """``scaling * u + bias`` in u's dtype, rounded to it once. ``u [T, m]``; all contiguous.
+
+        The vectors ``[m]`` have a factor's dtype, in which both this and :meth:`edit_backward` compute.
+        """
+        return torch.addcmul(bias, u.to(scaling.dtype), scaling).to(u.dtype)
+
+    def edit_backward(
+        self, grad: Tensor, u: Tensor | None, scaling: Tensor, needs: tuple[bool, bool, bool]
+    ) -> tuple[Tensor | None, ...]:
+        """The gradients of u, scaling and bias that are needed, from ``grad [T, m]``; the same bits every time.
+
+        ``u`` may be missing if the scaling's is not.
+        """
+        wide = grad.to(scaling.dtype)
+        return (
+            (wide * scaling).to(grad.dtype) if needs[0] else None,
+            (wide * u).sum(0) if u is not None and needs[1] else None,
+            wide.sum(0) if needs[2] else None,
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from snell import native
@@ -82,3 +83,16 @@ class CpuBackend(Backend):
         for slab in others:
             native.factor_grad(update, grads, native.activations(*slab), None, None)
         return native.activations(*last)
+
+    def edit(self, u: Tensor, scaling: Tensor, bias: Tensor) -> Tensor:
+        z = torch.empty_like(u)
+        native.edit(u, scaling, bias, z)
+        return z
+
+    def edit_backward(
+        self, grad: Tensor, u: Tensor | None, scaling: Tensor, needs: tuple[bool, bool, bool]
+    ) -> tuple[Tensor | None, ...]:
+        likes = (grad, scaling, scaling)
+        into = tuple(torch.empty_like(like) if need else None for like, need in zip(likes, needs, strict=True))
+        native.edit_grad(grad, u, scaling, into)
+        return into

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from snell.backends.base import Backend
-from snell.kernels import factor_grad, few_tokens, launch, merge, selection
+from snell.kernels import factor_grad, few_tokens, launch, merge, red, selection
 from snell.kernels.fingerprint import verify
 from snell.spec import Spec
 from snell.update import Gradients, Parameters, Update
@@ -59,3 +59,11 @@ class TritonBackend(Backend):
         if x.shape[0] > few_tokens.TOKENS or x.dtype == torch.float64:
             return None
         return few_tokens.linear_few(x, weight, bias, update)
+
+    def edit(self, u: Tensor, scaling: Tensor, bias: Tensor) -> Tensor:
+        return red.edit(u, scaling, bias)
+
+    def edit_backward(
+        self, grad: Tensor, u: Tensor | None, scaling: Tensor, needs: tuple[bool, bool, bool]
+    ) -> tuple[Tensor | None, ...]:
+        return red.edit_grad(grad, u, scaling, needs)

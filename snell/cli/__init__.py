@@ -31,6 +31,7 @@ BENCHMARKS = {
             "One layer's forward and backward, compared with the floor and other methods.",
         ),
         "models": (f"{_EXPERIMENTS}.models", "A whole training step through PEFT, compared with other methods."),
+        "red": (f"{_EXPERIMENTS}.red", "A whole training step of RED, compared with (IA)^3 and LoRA."),
         "operations": (f"{_EXPERIMENTS}.operations", "A layer's operations on a CPU, compared with a copy and a GEMM."),
         "growth": (f"{_EXPERIMENTS}.growth", "How time and memory grow, compared with the cost model."),
         "minilm": (f"{_EXPERIMENTS}.minilm", "A real checkpoint on real text: SNELL, LoRA, linear probe."),

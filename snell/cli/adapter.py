@@ -41,7 +41,7 @@ class Adapter:
 
     def updates(self) -> Iterator[tuple[str, Update]]:
         """Each layer's name and update, one layer in memory at a time."""
-        with _weights(self.folder) as file:
+        with weights(self.folder) as file:
             for layer, keys in self.keys.items():
                 yield layer, self._update(layer, {name: file.get_tensor(key) for name, key in keys.items()})
 
@@ -86,7 +86,8 @@ def _as_loaded(layer: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
 
 
-def _weights(folder: Path) -> safe_open:
+def weights(folder: Path) -> safe_open:
+    """The adapter's file of tensors."""
     path = folder / SAFETENSORS_WEIGHTS_NAME
     if not path.exists():
         raise click.ClickException(f"{folder} holds {CONFIG_NAME} but no {SAFETENSORS_WEIGHTS_NAME}")
@@ -108,41 +109,46 @@ def _find(folder: Path) -> Path:
     return inner[0]
 
 
-def _config(folder: Path) -> SnellConfig:
+def tuner_of(folder: Path) -> tuple[Path, str]:
+    """The folder that holds the adapter, and the adapter's tuner, ``SNELL`` or ``RED``."""
+    folder = _find(folder)
     path = folder / CONFIG_NAME
     try:
         settings = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise click.ClickException(f"{path} cannot be read: {error}") from error
     kind = settings.get("peft_type") if isinstance(settings, dict) else None
-    if kind != "SNELL":
-        raise click.ClickException(f"{folder} holds no SNELL adapter: its peft_type is {kind or 'missing'}")
+    if kind not in ("SNELL", "RED"):
+        raise click.ClickException(f"{folder} holds no SNELL or RED adapter: its peft_type is {kind or 'missing'}")
+    return folder, kind
+
+
+def _config(folder: Path) -> SnellConfig:
     try:
         config = SnellConfig.from_pretrained(str(folder))
     except (TypeError, ValueError) as error:
-        raise click.ClickException(f"{path} does not describe a SNELL adapter: {error}") from error
+        raise click.ClickException(f"{folder / CONFIG_NAME} does not describe a SNELL adapter: {error}") from error
     assert isinstance(config, SnellConfig)
     return config
 
 
-def _natural(name: str) -> list[tuple[bool, int | str]]:
+def natural(name: str) -> list[tuple[bool, int | str]]:
     """A sort key that puts layer 2 before layer 10."""
     return [(part.isdigit(), int(part) if part.isdigit() else part) for part in re.split(r"(\d+)", name)]
 
 
 def read(folder: Path) -> Adapter:
-    """The adapter in ``folder``. Its tensors are read later, by :meth:`Adapter.updates`.
+    """The SNELL adapter in ``folder``, as :func:`tuner_of` gives it. Its tensors are read later, by ``updates``.
 
     Raises:
         click.ClickException: what is wrong with it, in a sentence.
     """
-    folder = _find(folder)
     config = _config(folder)
     keys: dict[str, dict[str, str]] = {}
-    with _weights(folder) as file:
+    with weights(folder) as file:
         for key in sorted(file.keys()):
             if match := _FACTOR.match(key):
                 keys.setdefault(match["layer"], {})[match["name"]] = key
     if not keys:
         raise click.ClickException(f"{folder / SAFETENSORS_WEIGHTS_NAME} holds no tensor of a SNELL adapter")
-    return Adapter(folder, config, {layer: keys[layer] for layer in sorted(keys, key=_natural)})
+    return Adapter(folder, config, {layer: keys[layer] for layer in sorted(keys, key=natural)})

@@ -1,12 +1,15 @@
-"""Show what a saved SNELL adapter does to each layer, without loading the model.
+"""Show what a saved SNELL or RED adapter does to each layer, without loading the model.
 
 ADAPTER_DIR is a folder that save_pretrained or the Trainer wrote (adapter_config.json and
-adapter_model.safetensors). For every layer: its shape, the rank, the share of zeros asked for and counted, the
-threshold tau, and the Frobenius norm of dW; with --base also the norm of the base weight W0, and dW's in percent of
-it, marked ! where it is larger than W0's. "Densest tenth" is the share of survivors in the densest tenth of the rows,
-and of the columns (10 % would be uniform).
+adapter_model.safetensors). For every layer of a SNELL adapter: its shape, the rank, the share of zeros asked for and
+counted, the threshold tau, and the Frobenius norm of dW; with --base also the norm of the base weight W0, and dW's in
+percent of it, marked ! where it is larger than W0's. "Densest tenth" is the share of survivors in the densest tenth of
+the rows, and of the columns (10 % would be uniform).
 
-Writes inspect.png (where survivors lie in the matrices, and how layers compare) and inspect.json.
+For every layer of a RED adapter: how many outputs are edited, the mean, smallest and largest scaling s, the share of s
+below 0, and the root mean squares of s - 1 and of the bias c.
+
+Writes inspect.json, and for SNELL inspect.png (where survivors lie in the matrices, and how layers compare).
 """
 
 from __future__ import annotations
@@ -24,6 +27,13 @@ from snell.cli.options import out_option
 @out_option
 def main(adapter_dir: Path, base: str | None, out: Path) -> None:
     # Here and not above: transformers and matplotlib take seconds to import, and --help needs neither.
-    from snell.cli.inspect_report import report
+    from snell.cli import inspect_red, inspect_report
+    from snell.cli.adapter import tuner_of
 
-    report(adapter_dir, base, out)
+    folder, tuner = tuner_of(adapter_dir)
+    if tuner == "SNELL":
+        inspect_report.report(folder, base, out)
+    elif base is not None:
+        raise click.UsageError("--base is for SNELL adapters: RED's vectors are not compared with a weight")
+    else:
+        inspect_red.report(folder, out)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -38,9 +39,8 @@ _COLUMNS = {
 }
 
 
-def table(rows: Sequence[Row], with_base: bool) -> str:
+def table(rows: Sequence[Any], columns: Mapping[str, Callable[[Any], str]]) -> str:
     """The figures in columns: names left-aligned, numbers right-aligned."""
-    columns = {name: cell for name, cell in _COLUMNS.items() if with_base or "W0" not in name}
     lines = [list(columns), *([cell(row) for cell in columns.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     texts = []
@@ -103,7 +103,8 @@ def report(adapter_dir: Path, base: str | None, out: Path) -> None:
     settings = _settings(adapter)
     made_of = ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None)
     click.echo(f"{adapter.folder}: {made_of}\n")
-    click.echo(table(rows, weights is not None))
+    columns = {name: cell for name, cell in _COLUMNS.items() if weights is not None or "W0" not in name}
+    click.echo(table(rows, columns))
     click.echo(f"\n{_total(rows)}.")
     for note in notes(rows, adapter, base):
         click.echo(note)

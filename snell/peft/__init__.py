@@ -1,6 +1,6 @@
-"""SNELL as a PEFT tuner: ``get_peft_model(model, SnellConfig(r=32, sparsity=0.9, target_modules="all-linear"))``.
+"""SNELL and RED as PEFT tuners: ``get_peft_model(model, SnellConfig(r=32, target_modules="all-linear"))``.
 
-Importing this module makes the tuner known to PEFT, as type ``SNELL``; import it before loading a saved
+Importing this module makes the tuners known to PEFT, as types ``SNELL`` and ``RED``; import it before loading a saved
 adapter. Needs peft and transformers.
 """
 
@@ -15,11 +15,25 @@ except ImportError as error:
 
 from snell.peft.common.kind import kind
 from snell.peft.common.saving import last_checkpoint, save_adapter
+from snell.peft.red.config import RedConfig
+from snell.peft.red.layer import EditedLinear
+from snell.peft.red.model import RedModel
 from snell.peft.snell.config import SnellConfig
 from snell.peft.snell.layer import AdaptedLinear
 from snell.peft.snell.model import SnellModel
 
-__all__ = ["AdaptedLinear", "SnellConfig", "SnellModel", "last_checkpoint", "save_adapter"]
+__all__ = [
+    "AdaptedLinear",
+    "EditedLinear",
+    "RedConfig",
+    "RedModel",
+    "SnellConfig",
+    "SnellModel",
+    "last_checkpoint",
+    "save_adapter",
+]
 
-kind("SNELL")
+for _name in ("SNELL", "RED"):
+    kind(_name)
 register_peft_method(name="snell", config_cls=SnellConfig, model_cls=SnellModel)
+register_peft_method(name="red", config_cls=RedConfig, model_cls=RedModel, prefix=RedModel.prefix)

@@ -11,7 +11,7 @@ from torch import Tensor
 from snell import backends, functional
 from snell.kernel_functions import KERNEL_FUNCTIONS
 from snell.spec import GATES, Spec
-from snell.testing import bounds
+from snell.testing import bounds, edits
 from snell.testing.bounds import Expected, share_of_bound
 from snell.update import Gradients
 
@@ -167,6 +167,16 @@ def _start(case: Case) -> float:
     return 0.0 if functional.dense(less).equal(expected) else torch.inf
 
 
+def _edit(case: Case) -> float:
+    """The edit of the layer's outputs, and its gradients, with a column of the factors for each vector."""
+    u, grad = case.grad_y.clone().requires_grad_(), case.grad_y.flip(0)
+    scaling, bias = (column.clone().requires_grad_() for column in case.update.B.T[:2])
+    z = functional.edit(u, scaling, bias)
+    results = (z.detach(), *torch.autograd.grad(z, (u, scaling, bias), grad))
+    expected = edits.edit(u, scaling, bias, grad)
+    return max(share_of_bound(result, *pair) for result, pair in zip(results, expected.values(), strict=True))
+
+
 #: The checks of a backend. Each returns the largest error as a share of its bound, or None if the backend lacks it.
 OPERATIONS: dict[str, Callable[[Case], float | None]] = {
     "select": _select,
@@ -179,4 +189,5 @@ OPERATIONS: dict[str, Callable[[Case], float | None]] = {
     "x dW^T, both ways": lambda case: case.layer("y", *_GRADIENTS, weighted=False),
     "linear, few tokens": _few_tokens,
     "gradients of survivors": _gradients_of_tokens,
+    "edit, both ways": _edit,
 }

@@ -9,6 +9,7 @@ import math
 from dataclasses import replace
 
 import pytest
+import test_edit
 import test_operations
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -26,9 +27,10 @@ if not torch.cuda.is_available():
 #: Tests of the CPU's native library.
 ELSEWHERE = {"test_survivors_are_exact_at_the_size_of_a_language_model"}
 
-globals().update(
-    {name: test for name, test in vars(test_operations).items() if name.startswith("test_") and name not in ELSEWHERE}
-)
+for _module in (test_operations, test_edit):
+    globals().update(
+        {name: test for name, test in vars(_module).items() if name.startswith("test_") and name not in ELSEWHERE}
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -154,4 +154,4 @@ def test_the_papers_ratio_stands_beside_ours(result: dict) -> None:
 
 def test_the_command_line_offers_the_models_and_methods_there_are() -> None:
     assert tuple(MODELS) == names.MODELS
-    assert ADAPT.keys() == METHODS.keys()
+    assert ADAPT.keys() == METHODS.keys() | names.RED_METHODS.keys()

@@ -206,7 +206,10 @@ def with_integers(tensors):
 FAULTS = {
     "no configuration": (lambda f: (f / "adapter_config.json").unlink(), "holds no adapter_config.json"),
     "not JSON": (lambda f: (f / "adapter_config.json").write_text("{"), "adapter_config.json cannot be read"),
-    "another tuner's": (lambda f: edit_config(f, peft_type="LORA"), "holds no SNELL adapter: its peft_type is LORA"),
+    "another tuner's": (
+        lambda f: edit_config(f, peft_type="LORA"),
+        "SNELL or RED adapter: its peft_type is LORA",
+    ),
     "impossible setting": (lambda f: edit_config(f, sparsity=1.5), "sparsity must lie in [0, 1)"),
     "another rank": (lambda f: edit_config(f, r=8), "which does not fit rank 8"),
     "another kernel function": (lambda f: edit_config(f, kernel="rbf"), "lacks snell_theta of"),

@@ -5,22 +5,27 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 import transformers as tf
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 
-from snell.peft import SnellConfig
+from snell.peft import RedConfig, SnellConfig
 
 SAMPLES, STEPS, VOCABULARY = 8, 3, 41
 
 
-def model() -> PeftModel:
-    """A small Llama whose factors move in STEPS steps, hundreds of times what :func:`close` allows."""
+def model(config: PeftConfig | None = None) -> PeftModel:
+    """A small Llama, of SNELL by default, whose factors move hundreds of times what :func:`close` allows."""
     torch.manual_seed(11)
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     sizes = {"hidden_size": 24, "num_hidden_layers": 2, "intermediate_size": 36}
     base = tf.LlamaForCausalLM(tf.LlamaConfig(vocab_size=VOCABULARY, **sizes, **heads))
-    return get_peft_model(
-        base, SnellConfig(r=4, target_modules="all-linear", init_weights=False, kernel="rbf", scale=4.0)
-    )
+    if config is None:
+        config = SnellConfig(r=4, target_modules="all-linear", init_weights=False, kernel="rbf", scale=4.0)
+    return get_peft_model(base, config)
+
+
+def red() -> PeftModel:
+    """The same, with every linear layer's outputs edited."""
+    return model(RedConfig(target_modules="all-linear", init_weights=False))
 
 
 def batch(rank: int = 0, processes: int = 1) -> dict[str, torch.Tensor]:
@@ -50,7 +55,7 @@ def train(module: torch.nn.Module, inputs: dict[str, torch.Tensor], processes: i
 
 
 def factors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {key: p.detach() for key, p in module.named_parameters() if "snell_" in key}
+    return {key: p.detach() for key, p in module.named_parameters() if "snell_" in key or "repr_" in key}
 
 
 def close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], eps: float = 1e-5) -> None:

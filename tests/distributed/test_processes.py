@@ -10,13 +10,16 @@ import pytest
 WORKERS = Path(__file__).with_name("workers.py")
 WORK = (
     "ddp",
+    "red_ddp",
     "fsdp",
+    "red_fsdp",
     "fsdp_mixed_precision",
     "selection",
     "splits",
     "tensor_parallel",
     "tensor_parallel_before_peft",
     "identity_start",
+    "red_tensor_parallel",
     "other_layouts_are_refused",
 )
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import sys
 import tempfile
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from peft import PeftModel, get_peft_model
-from small import batch, close, factors, model, optimizer, train
+from small import batch, close, factors, model, optimizer, red, train
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -33,9 +34,9 @@ def everywhere(path: str | None) -> str:
     return str(box[0])
 
 
-def alone() -> tuple[list[float], PeftModel]:
+def alone(make: Callable[[], PeftModel] = model) -> tuple[list[float], PeftModel]:
     """The run of one process that the others are compared with."""
-    module = model()
+    module = make()
     return train(module, batch()), module
 
 
@@ -43,27 +44,31 @@ def assert_losses(ours: list[float], theirs: list[float]) -> None:
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-5, atol=1e-6)
 
 
-def ddp() -> None:
+def ddp(make: Callable[[], PeftModel] = model) -> None:
     rank, processes = dist.get_rank(), dist.get_world_size()
-    losses, single = alone()
-    module = model()
+    losses, single = alone(make)
+    module = make()
     wrapped = nn.parallel.DistributedDataParallel(module)
     assert_losses(train(wrapped, batch(rank, processes), processes), losses)
     close(factors(module), factors(single))
 
 
-def _sharded(module: PeftModel | None = None, **policy) -> PeftModel:
-    module = module or model()
+def red_ddp() -> None:
+    ddp(red)
+
+
+def _sharded(make: Callable[[], PeftModel] = model, **policy) -> PeftModel:
+    module = make()
     for layer in module.base_model.model.model.layers:
         fully_shard(layer, **policy)
     fully_shard(module, **policy)
     return module
 
 
-def fsdp() -> None:
+def fsdp(make: Callable[[], PeftModel] = model) -> None:
     rank, processes = dist.get_rank(), dist.get_world_size()
-    losses, single = alone()
-    module = _sharded()
+    losses, single = alone(make)
+    module = _sharded(make)
     assert_losses(train(module, batch(rank, processes), processes), losses)
     close({key: p.full_tensor() for key, p in factors(module).items()}, factors(single))
 
@@ -71,9 +76,9 @@ def fsdp() -> None:
     options = StateDictOptions(ignore_frozen_params=True)
     folder = everywhere(tempfile.mkdtemp() if rank == 0 else None)
     weights, state = get_state_dict(module, optimizer(module), options=options)
-    assert all("snell_" in key for key in weights)
+    assert weights.keys() == factors(single).keys()
     dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder)
-    again = _sharded()
+    again = _sharded(make)
     steps = optimizer(again)
     weights, state = get_state_dict(again, steps, options=options)
     dcp.load({"model": weights, "optimizer": state}, checkpoint_id=folder)
@@ -82,6 +87,10 @@ def fsdp() -> None:
     )
     ours, theirs = factors(again), factors(module)
     assert all(torch.equal(ours[key].full_tensor(), theirs[key].full_tensor()) for key in theirs)
+
+
+def red_fsdp() -> None:
+    fsdp(red)
 
 
 def fsdp_mixed_precision() -> None:
@@ -208,7 +217,7 @@ def identity_start() -> None:
     losses = train(single, batch())
     assert losses[-1] < losses[0] - 1e-2
     assert_losses(train(nn.parallel.DistributedDataParallel(fresh()), batch(rank, processes), processes), losses)
-    sharded = _sharded(fresh())
+    sharded = _sharded(fresh)
     assert_losses(train(sharded, batch(rank, processes), processes), losses)
     close({key: p.full_tensor() for key, p in factors(sharded).items()}, factors(single))
     split = fresh()
@@ -220,13 +229,39 @@ def identity_start() -> None:
     close(factors(split), factors(single))
 
 
+def red_tensor_parallel() -> None:
+    losses, single = alone(red)
+    module = red()
+    _parallel(module.base_model.model, ".base_layer")
+    assert_losses(train(module, batch()), losses)
+    close(factors(module), factors(single))
+
+    # Merged, each process holds its piece of the merged weight, and of a bias that there was not.
+    module.load_state_dict({**module.state_dict(), **factors(single)})
+    before = {key: p.to_local().clone() for key, p in module.named_parameters() if hasattr(p, "to_local")}
+    module.merge_adapter()
+    single.merge_adapter()
+    merged, ours = dict(single.named_parameters()), dict(module.named_parameters())
+    assert merged.keys() == ours.keys()
+    assert all(f"{key.removesuffix('.weight')}.bias" in merged for key in before)
+    for key, p in ours.items():
+        if hasattr(p, "to_local"):
+            assert torch.equal(p.full_tensor(), merged[key]), key
+    with torch.no_grad():
+        torch.testing.assert_close(module(**batch()).logits, single(**batch()).logits, rtol=1e-4, atol=1e-5)
+    module.unmerge_adapter()
+    after = {key: p.to_local() for key, p in module.named_parameters() if hasattr(p, "to_local")}
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[key], before[key]) for key in before)
+
+
 def other_layouts_are_refused() -> None:
-    module = model()
-    mesh, name = init_device_mesh("cpu", (dist.get_world_size(),)), "model.layers.0.mlp.up_proj"
-    plan = {f"{name}.base_layer": ColwiseParallel(output_layouts=Replicate())}
-    parallelize_module(module.base_model.model, mesh, plan)
-    with pytest.raises(ValueError, match="default layouts"):
-        module.base_model.model.get_submodule(name)(torch.randn(2, 24))
+    for module in (model(), red()):
+        mesh, name = init_device_mesh("cpu", (dist.get_world_size(),)), "model.layers.0.mlp.up_proj"
+        plan = {f"{name}.base_layer": ColwiseParallel(output_layouts=Replicate())}
+        parallelize_module(module.base_model.model, mesh, plan)
+        with pytest.raises(ValueError, match="default layouts"):
+            module.base_model.model.get_submodule(name)(torch.randn(2, 24))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ KERNELS = {
     "add_shares_kernel",
     "few_tokens_kernel",
     "add_splits_kernel",
+    "edit_kernel",
+    "edit_grad_kernel",
     "bracket_kernel",
     "count_kernel",
     "verify_kernel",

@@ -11,7 +11,7 @@ from peft import PeftModel, get_peft_model
 from small_models import adapted, batch, build, config, logits, train
 
 from snell.competition import memo
-from snell.peft import AdaptedLinear
+from snell.peft import AdaptedLinear, RedConfig
 
 CHECKPOINTING = [
     {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
@@ -59,7 +59,7 @@ def run(model: PeftModel, data: Samples, folder: Path, *callbacks: tf.TrainerCal
 
 
 def factors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {key: value.clone() for key, value in model.state_dict().items() if "snell_" in key}
+    return {key: value.clone() for key, value in model.state_dict().items() if "snell_" in key or "repr_" in key}
 
 
 def assert_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
@@ -72,20 +72,23 @@ def losses(trainer: tf.Trainer) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("name", "settings"),
+    ("name", "settings", "make"),
     [
-        ("bert", {"gradient_accumulation_steps": 2}),  # with dropout: the generators' states come back too
-        ("llama", {"bf16": True}),
-        ("gpt2", CHECKPOINTING[0]),
-        ("t5", CHECKPOINTING[1]),
-        ("vit", {}),
+        ("bert", {"gradient_accumulation_steps": 2}, config),  # with dropout: the generators' states come back too
+        ("llama", {"bf16": True}, config),
+        ("gpt2", CHECKPOINTING[0], config),
+        ("t5", CHECKPOINTING[1], config),
+        ("vit", {}, config),
+        ("bert", {"gradient_accumulation_steps": 2}, RedConfig),
+        ("llama", {"bf16": True}, RedConfig),
+        ("t5", CHECKPOINTING[1], RedConfig),
     ],
-    ids=lambda value: value if isinstance(value, str) else "-".join(value) or "plain",
+    ids=lambda value: "-".join(value) or "plain" if isinstance(value, dict) else getattr(value, "__name__", value),
 )
-def test_a_resumed_trainer_run_equals_the_one_that_was_not_interrupted(name, settings, tmp_path):
+def test_a_resumed_trainer_run_equals_the_one_that_was_not_interrupted(name, settings, make, tmp_path):
     base, data = build(name), Samples(name, 10)
-    whole = get_peft_model(copy.deepcopy(base), config())
-    broken, resumed = copy.deepcopy(whole), get_peft_model(copy.deepcopy(base), config())
+    whole = get_peft_model(copy.deepcopy(base), make())
+    broken, resumed = copy.deepcopy(whole), get_peft_model(copy.deepcopy(base), make())
     unbroken = run(whole, data, tmp_path / "whole", **settings)
     unbroken.train()
 
@@ -97,6 +100,7 @@ def test_a_resumed_trainer_run_equals_the_one_that_was_not_interrupted(name, set
 
     assert second.state.global_step == 4
     assert losses(second) == losses(unbroken)
+    assert factors(whole)
     assert_equal(factors(resumed), factors(whole))
     assert second.evaluate()["eval_loss"] == unbroken.evaluate()["eval_loss"]
 

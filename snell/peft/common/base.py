@@ -69,6 +69,11 @@ def split(layer: nn.Module, fan_in_fan_out: bool) -> Split | None:
     return found.T if found is not None and fan_in_fan_out else found
 
 
+def local(tensor: Tensor) -> Tensor:
+    """The tensor, or this process's piece of it."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 def bias(layer: nn.Module) -> Tensor | None:
     """The layer's bias, if it has one."""
     return getattr(layer, "bias", None)
@@ -85,11 +90,11 @@ class Quantised(NamedTuple):
     def of(cls, tuner_layer: Any) -> Quantised:
         """The record of a layer that nothing is merged into yet."""
         layer = tuner_layer.get_base_layer()
-        return cls(tuner_layer.base_layer, dict(layer._parameters), copy.copy(getattr(layer, "state", None)))
+        return cls(layer, dict(layer._parameters), copy.copy(getattr(layer, "state", None)))
 
     def put_back(self, tuner_layer: Any) -> None:
         """Undo :func:`requantise`."""
-        tuner_layer.base_layer = self.layer
+        _owner(tuner_layer).base_layer = self.layer
         self.layer._parameters.update(self.parameters)
         if self.state is not None:
             self.layer.state = self.state
@@ -119,8 +124,15 @@ def dequantise(tuner_layer: Any) -> Tensor:
 def requantise(tuner_layer: Any, weight: Tensor) -> None:
     """Quantise ``weight [m, n]`` into the base layer."""
     backend: Any = resolve_quantization_backend(tuner_layer.get_base_layer(), **tuner_layer.quantisation)
-    backend.set_base_weight(tuner_layer, weight.T if tuner_layer.fan_in_fan_out else weight)
+    backend.set_base_weight(_owner(tuner_layer), weight.T if tuner_layer.fan_in_fan_out else weight)
 
 
 def _innermost(layer: nn.Module) -> nn.Module:
     return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+
+
+def _owner(tuner_layer: Any) -> Any:
+    """The innermost tuner layer, whose ``base_layer`` is the layer itself."""
+    while isinstance(tuner_layer.base_layer, BaseTunerLayer):
+        tuner_layer = tuner_layer.base_layer
+    return tuner_layer

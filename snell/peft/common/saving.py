@@ -13,10 +13,14 @@ from typing import Any
 from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 __all__ = ["last_checkpoint", "save_adapter"]
 
 _CARD = "README.md"
+
+#: In a tensor's name, the step from one tuner's layer to another's below it on the same base layer.
+_BELOW = re.compile(r"\.base_layer(?!\.(?:weight|bias)$)")
 _STAGING = ".saving"
 _STATE = "trainer_state.json"
 _WEIGHTS = ("*.safetensors", "*.bin", "pytorch_model_fsdp*")
@@ -28,7 +32,8 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike[str], **settings: A
     PEFT writes the configuration in place: killed in between, it leaves a folder that no longer loads. Here every
     file is written into ``folder/.saving``, brought to the disk, and then renamed over its predecessor. Other files in
     the folder stay. Each adapter of a model with several is replaced by itself. Processes that share a folder must not
-    save at once.
+    save at once. An adapter below another tuner's, as LoRA's below RED's, is saved under the names it has alone:
+    from ``save_pretrained`` it loads only into a model where the other one is in place.
 
     One instant is left: two files cannot be renamed at once. Where the settings differ from those in the folder, the
     old weights move into ``.saving`` before the new settings and the new weights take their places. A kill between
@@ -66,12 +71,22 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike[str], **settings: A
             # PEFT adds to a model card that people may have edited.
             shutil.copy(folder / _CARD, fresh)
         model.save_pretrained(str(fresh), **settings)
+        for path in fresh.rglob(SAFETENSORS_WEIGHTS_NAME):
+            _name_as_alone(path)
         for path in fresh.rglob("*"):
             _flush(path)
         for config in sorted(fresh.rglob(CONFIG_NAME)):
             _replace(config.parent, folder / config.parent.relative_to(fresh))
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _name_as_alone(path: Path) -> None:
+    """Give an adapter that lies below another tuner's the names it has alone, under which it loads."""
+    with safe_open(path, "pt") as file:
+        names, metadata = {key: _BELOW.sub("", key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+        if any(key != name for key, name in names.items()):
+            save_file({name: file.get_tensor(key) for key, name in names.items()}, path, metadata)
 
 
 def _replace(fresh: Path, folder: Path) -> None:

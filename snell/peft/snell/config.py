@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from peft.config import PeftConfig
 from peft.utils.other import get_pattern_key
 
 from snell.initial import check_seed
 from snell.kernel_functions import KERNEL_FUNCTIONS
-from snell.peft.common.card import add_import
 from snell.peft.common.kind import kind
+from snell.peft.common.targets import TargetsConfig
 from snell.spec import Spec
 
 __all__ = ["SnellConfig"]
@@ -24,7 +23,7 @@ LARGEST_RANK = 65536
 
 
 @dataclass
-class SnellConfig(PeftConfig):
+class SnellConfig(TargetsConfig):
     """A SNELL adapter: in each target, ``y = x (W0 + dW)^T + b`` with ``dW = K * gate(|K|)``, ``K = kappa(B, A)``.
 
     Args:
@@ -84,21 +83,6 @@ class SnellConfig(PeftConfig):
         default=None, metadata={"help": "Whether those scalars are trained; None: as the kernel function says."}
     )
     dropout: float = field(default=0.0, metadata={"help": "Dropout of the update's input, in training."})
-    target_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Names or regular expression of the modules to adapt, or 'all-linear'."}
-    )
-    exclude_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Names or regular expression of modules to leave out."}
-    )
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules trained whole and saved with the adapter."}
-    )
-    layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Indices of the blocks to adapt, where not all."}
-    )
-    layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the list those indices count in."}
-    )
     rank_pattern: dict[str, int] = field(
         default_factory=dict, metadata={"help": "Ranks of modules by regular expression, in place of r."}
     )
@@ -106,7 +90,6 @@ class SnellConfig(PeftConfig):
         default_factory=dict, metadata={"help": "Sparsities of modules by regular expression, in place of sparsity."}
     )
     bias: str = field(default="none", metadata={"help": "Biases trained too: none, all or snell_only."})
-    fan_in_fan_out: bool = field(default=False, metadata={"help": "Whether the targets store their weight [in, out]."})
     init_weights: bool | str = field(
         default=True,
         metadata={"help": "True: as published; 'identity': starts as the base; False: a visible update, for tests."},
@@ -116,9 +99,6 @@ class SnellConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = kind("SNELL")
-        for name in ("target_modules", "exclude_modules"):
-            value = getattr(self, name)
-            setattr(self, name, set(value) if isinstance(value, list) else value)
         for name in ("rank_pattern", "sparsity_pattern"):
             if not isinstance(getattr(self, name), dict):
                 raise TypeError(f"{name} must be a dict, values by regular expression; got {getattr(self, name)!r}")
@@ -137,15 +117,6 @@ class SnellConfig(PeftConfig):
         check_seed(self.init_seed)
         if self.bias not in BIASES:
             raise ValueError(f"bias must be one of {', '.join(BIASES)}; got {self.bias!r}")
-        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
-            raise ValueError("layers_to_transform cannot be used where target_modules is a string")
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("layers_pattern needs layers_to_transform: the indices to adapt")
-
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """As PEFT does; a model card that it has written there then says which import the adapter needs."""
-        super().save_pretrained(save_directory, **kwargs)
-        add_import(save_directory, "snell.peft")
 
     def spec(self, rank: int, sparsity: float) -> Spec:
         """The validated make-up of one layer's update."""

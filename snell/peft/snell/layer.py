@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from snell import functional
 from snell.initial import Start, draw, draw_identity, draw_visible, relative_size
 from snell.merging import Merged, row_blocks
-from snell.peft.common import base, checkpoint
+from snell.peft.common import base
 from snell.peft.common.factor import Factor
+from snell.peft.common.layer import TunerLayer
 from snell.peft.snell.config import SnellConfig
 from snell.precision import HALVES, factor_dtype, full
 from snell.spec import Spec
@@ -24,7 +23,7 @@ from snell.update import Parameters, Update
 __all__ = ["AdaptedLinear"]
 
 
-class AdaptedLinear(nn.Module, BaseTunerLayer):
+class AdaptedLinear(TunerLayer):
     """``y = base(x) + sum over active adapters of x dW^T``; one GEMM where one adapter meets a float weight.
 
     By PEFT's convention "Linear" in the name of its class makes an adapted layer a target of "all-linear".
@@ -45,6 +44,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         snell_start: what is subtracted from the update of an adapter that starts as the identity, by adapter name.
     """
 
+    tuner = "SNELL"
     adapter_layer_names = ("snell_A", "snell_B", "snell_theta")
     other_param_names = ("snell_dropout", "snell_spec", "snell_scale", "snell_constants", "snell_start")
 
@@ -58,19 +58,13 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         fan_in_fan_out: bool = False,
         quantisation: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.fan_in_fan_out = fan_in_fan_out
-        self.quantisation = quantisation or {}
-        self.in_features, self.out_features = base.features(base_layer)
+        super().__init__(base_layer, fan_in_fan_out=fan_in_fan_out, quantisation=quantisation)
         self.snell_A, self.snell_B, self.snell_theta = (nn.ModuleDict() for _ in range(3))
         self.snell_dropout = nn.ModuleDict()
         self.snell_spec: dict[str, Spec] = {}
         self.snell_scale: dict[str, float] = {}
         self.snell_constants: dict[str, Tensor] = {}
         self.snell_start: dict[str, Start | None] = {}
-        self._disable_adapters = False
-        self._merged: dict[str, Merged | base.Quantised] = {}
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, spec, config)
 
@@ -99,21 +93,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         self.snell_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """``[..., n] -> [..., m]``. ``adapter_names`` gives each sample its own adapter, ``__base__`` being none."""
-        adapter_names = kwargs.pop("adapter_names", None)
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        if torch.onnx.is_in_onnx_export() and not (self.merged or self.disable_adapters):
-            raise RuntimeError(
-                "a model with an unmerged SNELL adapter has no ONNX form: export what merge_and_unload() returns, or "
-                "call merge_adapter() first"
-            )
-        if adapter_names is not None:
-            return self._mixed_forward(x, adapter_names, *args, **kwargs)
-        active = [name for name in self.active_adapters if name in self.snell_A]
-        if self.disable_adapters or self.merged or not active:
-            return self.base_layer(x, *args, **kwargs)
+    def _adapted(self, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Tensor:
         if len(active) == 1 and not args and not kwargs and not self._drops(active[0]):
             weight = base.fusable_weight(self.base_layer, self.fan_in_fan_out)
             if weight is not None:
@@ -129,24 +109,8 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
             y = y + share.to(y.dtype)
         return y
 
-    def _mixed_forward(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        if len(x) != len(adapter_names):
-            raise ValueError(
-                "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(adapter_names)} and {len(x)} respectively."
-            )
-        if self.merged:
-            raise ValueError(
-                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
-            )
-        y = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters:
-            return y
-        for name in dict.fromkeys(adapter_names):
-            if name in self.snell_A:
-                samples = [i for i, other in enumerate(adapter_names) if other == name]
-                y = y.index_add(0, torch.tensor(samples, device=y.device), self._share(x[samples], name).to(y.dtype))
-        return y
+    def _adapt_samples(self, y: Tensor, x: Tensor, samples: Tensor, name: str) -> Tensor:
+        return y.index_add(0, samples, self._share(x[samples], name).to(y.dtype))
 
     def _drops(self, name: str) -> bool:
         return self.training and isinstance(self.snell_dropout[name], nn.Dropout)
@@ -178,67 +142,12 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         delta = functional.dense(self._update(adapter))
         return delta.T if self.fan_in_fan_out else delta
 
-    @torch.no_grad()
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the update of adapters into the base weight, in place.
-
-        Until they are unmerged the layer keeps the weights that change, (1 - s) * m * n numbers an adapter and up to
-        twice as many with an identity start, so that unmerging gives the base weight back bit for bit.
-
-        Args:
-            safe_merge: look for NaN and infinity before the weight is touched.
-            adapter_names: which adapters; None: the active ones.
-
-        Raises:
-            ValueError: ``safe_merge`` found a merged weight that is not finite.
-            TypeError: the base layer is opaque, and PEFT cannot quantise it anew.
-        """
-        for name in check_adapters_to_merge(self, adapter_names):
-            if name not in self.snell_A:
-                continue
-            update = self._update(name)
-            weight = base.float_weight(self.get_base_layer(), self.fan_in_fan_out)
-            target = weight if weight is not None else base.dequantise(self)
-            dense = (functional.dense(update, rows, target[rows]) for rows in row_blocks(update))
-            if safe_merge and not all(rows.isfinite().all() for rows in dense):
-                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-            merged = Merged.of(update)
-            record = merged if weight is not None else base.Quantised.of(self)
-            try:
-                self._merged[name] = record
-                merged.put_in(target)
-                if weight is None:
-                    base.requantise(self, target)
-            except BaseException:  # KeyboardInterrupt too: undo
-                self._take_out(name, record)
-                raise
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Put the base weight back, bit for bit."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-        while self._merged:
-            name, record = next(reversed(self._merged.items()))
-            try:
-                self._take_out(name, record)
-            except BaseException:  # KeyboardInterrupt too: finish
-                self._take_out(name, record)
-                raise
-
-    def _take_out(self, name: str, record: Merged | base.Quantised) -> None:
-        if isinstance(record, Merged):
-            weight = base.float_weight(self.get_base_layer(), self.fan_in_fan_out)
-            assert weight is not None  # it was when this was merged
-            record.take_out(weight)
-        else:
-            record.put_back(self)
-        self._merged.pop(name, None)
-
-    @property
-    def merged_adapters(self) -> list[str]:  # type: ignore[override]
-        """Names of the merged adapters, in the order they went in."""
-        return list(self._merged)
+    def _change(self, name: str, weight: Tensor, safe_merge: bool) -> Merged:
+        update = self._update(name)
+        dense = (functional.dense(update, rows, weight[rows]) for rows in row_blocks(update))
+        if safe_merge and not all(rows.isfinite().all() for rows in dense):
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+        return Merged.of(update)
 
     def round_factors(self, adapter_name: str) -> None:
         """Round an adapter's factors to the base weight's half precision, where it has one.
@@ -258,19 +167,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
             return 0.0
         return relative_size(A, B, theta, spec, weight)
 
-    def _factors(self, adapter_name: str) -> Iterator[Any]:
-        dicts = (self.snell_A, self.snell_B, self.snell_theta)
-        return (factors[adapter_name] for factors in dicts if adapter_name in factors)
-
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # PEFT would round the factors to the base's dtype; who survives is decided in float32.
-        device = device or base.device_and_dtype(self.base_layer)[0]
-        for factor in self._factors(adapter_name):
-            if not factor.weight.is_meta:
-                factor.weight.data = factor.weight.data.to(device)
-        self._place_constants()
-
-    def _place_constants(self) -> None:
+    def _moved(self) -> None:
         # Written anew rather than moved: what a model holds after .to_empty() is not what it held before.
         for name, spec in self.snell_spec.items():
             A = self._parameters_of(name)[0]
@@ -279,22 +176,3 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
             if name in self.snell_constants:
                 theta = torch.tensor(spec.initial_theta(self.snell_scale[name]), dtype=A.dtype, device=A.device)
                 self.snell_constants[name] = theta if start is None else start.update.theta
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedLinear:
-        # Another device or dtype may decide survivors by other bits, so merged updates come out first.
-        merged = list(self.merged_adapters)
-        if merged:
-            self.unmerge()
-        super()._apply(fn, recurse)
-        self._place_constants()
-        if merged:
-            self.merge(adapter_names=merged)
-        return self
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        checkpoint.modernise(self, state_dict, prefix)
-        args[-1].extend(checkpoint.not_finite(self, state_dict, prefix))
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def __repr__(self) -> str:
-        return "snell." + super().__repr__()

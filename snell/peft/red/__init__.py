@@ -1,0 +1,1 @@
+"""RED, representation editing, as a PEFT tuner: configuration, layer, model."""
