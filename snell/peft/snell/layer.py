@@ -116,7 +116,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
                 return functional.linear(x, weight, base.bias(self.base_layer), self._update(active[0]))
         y = self.base_layer(x, *args, **kwargs)
         for name in active:
-            share = self._share(self.snell_dropout[name](x), name)
+            share = self.share(self.snell_dropout[name](x), name)
             if share.shape != y.shape:
                 raise ValueError(
                     f"the base layer answers {tuple(y.shape)} where its update is {tuple(share.shape)}: of tensor "
@@ -141,13 +141,13 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         for name in dict.fromkeys(adapter_names):
             if name in self.snell_A:
                 samples = [i for i, other in enumerate(adapter_names) if other == name]
-                y = y.index_add(0, torch.tensor(samples, device=y.device), self._share(x[samples], name).to(y.dtype))
+                y = y.index_add(0, torch.tensor(samples, device=y.device), self.share(x[samples], name).to(y.dtype))
         return y
 
     def _drops(self, name: str) -> bool:
         return self.training and isinstance(self.snell_dropout[name], nn.Dropout)
 
-    def _share(self, x: Tensor, name: str) -> Tensor:
+    def share(self, x: Tensor, name: str) -> Tensor:
         """The adapter's share of the output, ``x dW^T``."""
         split = base.split(self.base_layer, self.fan_in_fan_out)
         if split is None:
@@ -228,6 +228,14 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         else:
             record.put_back(self)
         self._merged.pop(name, None)
+
+    def unmerged_weight(self) -> Tensor:
+        """A copy of the float base weight without what is merged into it, laid out as it is."""
+        base_layer: Any = self.get_base_layer()
+        weight = base_layer.weight.detach().clone()
+        for record in reversed(self._merged.values()):
+            record.take_out(weight.T if self.fan_in_fan_out else weight)  # type: ignore[union-attr]
+        return weight
 
     @property
     def merged_adapters(self) -> list[str]:  # type: ignore[override]
