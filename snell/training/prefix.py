@@ -57,8 +57,7 @@ class Calls:
         found: list[nn.Module] = []
 
         def walk(module: nn.Module) -> None:
-            trains = any(p.requires_grad for p in module.parameters())
-            if not trains and module in self.left and self.left[module] < first:
+            if self.left.get(module, first) < first:
                 found.append(module)
             elif not isinstance(module, BaseTunerLayer):
                 for child in module.children():
