@@ -92,6 +92,7 @@ class Cut:
 
     def __init__(self) -> None:
         self._handles: list[Any] = []
+        self._wanted = False
 
     def move(self, calls: Calls, model: nn.Module) -> None:
         """Put the cut below the first module that trains now."""
@@ -103,7 +104,9 @@ class Cut:
             module for module in prefix if any(isinstance(m, GradientCheckpointingLayer) for m in module.modules())
         ]
         reentrant = any(_is_reentrant(module) for module in model.modules())
-        if not calls.wanted or not (blocks if reentrant else prefix):
+        # Where the cut lies already, a pass sees nothing of what is wanted below it.
+        self._wanted |= calls.wanted
+        if not self._wanted or not (blocks if reentrant else prefix):
             return
         for module in prefix:
             cut = _WithoutGrad(detach=not reentrant)

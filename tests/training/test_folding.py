@@ -58,7 +58,7 @@ def test_other_tuners_fold_as_they_merge(tuner):
 
 
 def test_a_folded_snell_layer_holds_what_it_computed():
-    model, _, frozen, before, _ = folded()
+    _, _, frozen, before, _ = folded()
     for name, layer in frozen.adapters.items():
         assert isinstance(layer, AdaptedLinear)
         base = before[f"{name}.base_layer.weight"]
@@ -109,8 +109,8 @@ def test_disabling_the_adapters_gives_the_base_to_the_bit(tuner):
 
 @pytest.mark.parametrize("tuner", ["snell", "lora"])
 def test_loading_into_folded_layers_loads(tuner):
-    model, inputs, _, before, _ = folded(tuner)
-    other, _, _, state, expected = folded(tuner)
+    model, inputs, _, _, _ = folded(tuner)
+    other, _, _, state, _ = folded(tuner)
     model.load_state_dict(other.state_dict())
     torch.testing.assert_close(logits(model, inputs), logits(other, inputs), rtol=1e-4, atol=1e-5)
     assert_equal(weights(model), {key: state[key] for key in weights(model)})

@@ -224,12 +224,12 @@ def test_what_cannot_be_served_is_refused():
         SelectiveFreezing(model, optimizer, {}, steps=0)
     with pytest.raises(TypeError, match="importance must be a function"):
         SelectiveFreezing(model, optimizer, {}, steps=1, importance="cka")
-    with pytest.raises(TypeError, match="optimizer must be a torch.optim.Optimizer; got Llama"):
+    with pytest.raises(TypeError, match=r"optimizer must be a torch.optim.Optimizer; got Llama"):
         SelectiveFreezing(model, plain, {}, steps=1)
     with pytest.raises(ValueError, match=re.escape("threshold must be a number in [0, 1]; got 2")):
         SelectiveFreezing(model, optimizer, {}, steps=1, threshold=2)
     nan = freezing(model, optimizer, importance=lambda output, change: float("nan"))
-    with pytest.raises(ValueError, match="the importance of .*q_proj is nan"):
+    with pytest.raises(ValueError, match=r"the importance of .*q_proj is nan"):
         nan.check(1)
 
 

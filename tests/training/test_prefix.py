@@ -124,14 +124,32 @@ def test_embeddings_that_train_keep_backward_going():
     assert embeddings.grad.any()
 
 
-def test_the_cut_moves_up_and_survives_an_error():
+@pytest.mark.parametrize("mode", ["input gradients", "reentrant", "not reentrant"])
+def test_the_cut_moves_up(mode):
+    model, inputs = prepared("llama", mode), batch("llama", 4)
+    order = iter([*range(14), *range(3, 14), *range(7, 14)])  # who froze at a check is not measured at the next
+    frozen = freezing(model, adamw(model), batch=inputs, share=1.0, importance=lambda *_: 0.01 * next(order))
+    for step, level in ((1, 3), (2, 7), (3, 10)):  # within the first block, the whole of it, within the second one
+        frozen.schedule = type(frozen.schedule)(share=level / 14, warmup=0, end=0.1)
+        assert len(frozen.check(step)) == level - sum(facts["step"] < step for facts in frozen.frozen.values())
+        first, second = blocks(model, "llama")
+        lowest_one = first.self_attn.o_proj if step == 1 else second.self_attn.q_proj if step == 2 else second.self_attn
+        with watched(first, lowest_one) as (block, layer):
+            found = gradients(model, inputs)
+        assert found
+        if step > 1:
+            assert (block.calls, block.saved) == (1, 0)
+        if mode != "reentrant":
+            assert not any(layer.wanted)
+
+
+def test_an_error_amid_the_prefix_leaves_gradients_on():
     model, inputs = prepared("llama", "input gradients"), batch("llama", 4)
-    frozen = freezing(model, adamw(model), batch=inputs, share=1.0, end=1.0, importance=lowest(3))
-    for i in range(1, 8):
-        frozen.check(i)
-        with pytest.raises(RuntimeError, match="amid the prefix"), failing(blocks(model, "llama")[0].mlp):
-            model(**inputs)
-        assert torch.is_grad_enabled()
+    frozen = freezing(model, adamw(model), batch=inputs, share=0.5, end=0.1, importance=lowest(7))
+    frozen.check(1)
+    with pytest.raises(RuntimeError, match="amid the prefix"), failing(blocks(model, "llama")[0].mlp):
+        model(**inputs)
+    assert torch.is_grad_enabled()
     assert model(**inputs).loss.requires_grad
 
 
