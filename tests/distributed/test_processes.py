@@ -12,6 +12,8 @@ WORK = (
     "ddp",
     "fsdp",
     "fsdp_mixed_precision",
+    "freezing_under_ddp",
+    "freezing_under_fsdp",
     "selection",
     "splits",
     "tensor_parallel",
