@@ -1,17 +1,20 @@
 """Selective freezing under transformers' Trainer; a resumed run equals the one that was not interrupted."""
 
 import copy
+import json
 import re
 from types import SimpleNamespace
 
 import pytest
 import torch
+from click.testing import CliRunner
 from peft import get_peft_model
 from small_models import batch, build
 from torch import nn
 from trainer_runs import Samples, StopAfter, losses, run
 from tuned import TUNERS, tuned
 
+from snell.cli import main
 from snell.training import SafeCallback, cka_importance
 
 
@@ -123,6 +126,23 @@ def test_the_best_model_is_loaded_into_folded_layers(tmp_path):
     assert callback.freezing.frozen
     best = max(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(best, rel=1e-6)
+
+
+def test_inspect_shows_who_is_frozen(tmp_path):
+    callback = SafeCallback(share=0.5, every=1, warmup=0.0, end=0.5)
+    settings = {"save_strategy": "steps", "save_steps": 4}
+    run(tuned(), Samples("llama", 6), tmp_path, callback, **settings).train()
+    folder, out = tmp_path / "checkpoint-4", tmp_path / "out"
+    shown = CliRunner().invoke(main, ["inspect", str(folder), "--out", str(out)])
+    assert "SafeCallback froze 7 of 14 layers" in shown.output
+    layers = json.loads((out / "inspect.json").read_text())["layers"]
+    found = {f"base_model.model.{layer['name']}": layer["frozen_at_step"] for layer in layers}
+    steps = {name: facts["step"] for name, facts in callback.freezing.frozen.items()}
+    assert found == dict.fromkeys(found) | steps
+    (folder / "trainer_state.json").unlink()
+    shown = CliRunner().invoke(main, ["inspect", str(folder), "--out", str(out)])
+    assert shown.exit_code == 0
+    assert "SafeCallback" not in shown.output
 
 
 def test_what_it_refuses(tmp_path):
