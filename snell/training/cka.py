@@ -49,9 +49,9 @@ def cka_importance(output: Tensor, change: Tensor) -> Tensor:
                 rows, columns = slice(i, i + TILE), slice(j, j + TILE)
                 K = X[rows] @ X[columns].T
                 D = torch.addmm(E[rows] @ Y[columns].T, X[rows], E[columns].T)
-                K, D = K.double(), D.double()
+                products = [(a * b).sum(dtype=torch.float64) for a, b in ((K, K), (K, D), (D, D))]
                 # Both matrices are symmetric: a tile off the diagonal counts twice.
-                sums += (1 if i == j else 2) * torch.stack([(K * K).sum(), (K * D).sum(), (D * D).sum()])
+                sums += (1 if i == j else 2) * torch.stack(products)
     KK, KD, DD = sums
     LL = (KK + 2 * KD + DD).clamp(min=0)
     sin2 = ((KK * DD - KD * KD) / (KK * LL)).clamp(0, 1)

@@ -29,7 +29,7 @@ __all__ = ["Importance", "SelectiveFreezing"]
 Importance = Callable[[Tensor, Tensor], Tensor | float]
 
 #: Rows of a layer's output that the importance is computed from, evenly spaced, if there are more.
-ROWS = 2048
+ROWS = 512
 
 
 class SelectiveFreezing:
@@ -57,7 +57,7 @@ class SelectiveFreezing:
             arguments, a tuple or list as positional ones. Where it holds an ``attention_mask``, padding does not count.
         steps: of the whole training; what ``warmup`` and ``end`` are shares of.
         importance: of an adapter, from its layer's output without it and what it adds, both ``[N, d]`` on the
-            calibration batch; adapters of the least importance freeze first. N is at most 2048.
+            calibration batch; adapters of the least importance freeze first. N is at most 512.
         fold: whether a frozen adapter is merged into its weight, where that is a plain float matrix. The layer then
             costs what its base layer costs, without the adapter's dropout. To unfold bit for bit, SNELL keeps
             (1 - s) m n weights and other tuners a copy of the weight in the host's memory.
