@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from small_models import batch, build, logits
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tuned import TUNERS, adamw, freezing, step, tuned
 
@@ -165,3 +166,24 @@ def test_weights_that_others_use_or_that_train_are_not_folded():
     assert frozen.folded == ["base_model.model.model.layers.1.mlp.up_proj"]
     assert torch.equal(base.model.embed_tokens.weight, embedded)
     assert not frozen.done
+
+
+class Picture(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.word, self.out = nn.Conv2d(1, 6, 3), nn.Embedding(9, 6), nn.Linear(6, 3)
+
+    def forward(self, x, words):
+        return self.out(self.conv(x).mean((2, 3)) + self.word(words).mean(1))
+
+
+def test_convolutions_and_embeddings_freeze_and_fold_too():
+    config = LoraConfig(r=2, target_modules=["conv", "word", "out"], init_lora_weights=False)
+    model, inputs = get_peft_model(Picture(), config), (torch.randn(8, 1, 5, 5), torch.randint(9, (8, 4)))
+    before, expected = {key: value.clone() for key, value in model.state_dict().items()}, model(*inputs)
+    frozen = freezing(model, adamw(model), batch=inputs, threshold=1.0, end=0.1)
+    assert len(frozen.check(1)) == len(frozen.folded) == 3
+    assert all(0 < importance < 1 for importance in frozen.importances.values())
+    torch.testing.assert_close(model(*inputs), expected, rtol=1e-4, atol=1e-5)
+    frozen.unfold()
+    assert_equal(dict(model.state_dict()), before)

@@ -237,3 +237,27 @@ def test_the_importance_may_be_any_function():
     model = tuned()
     frozen = freezing(model, adamw(model), share=0.25, end=0.1, importance=lowest(3))
     assert frozen.check(1) == list(frozen.adapters)[:3]
+
+
+@pytest.mark.parametrize("tuner", ["snell", "lora"])
+def test_a_compiled_model_freezes_as_an_eager_one(tuner):
+    torch._dynamo.reset()
+    layers = nn.Sequential(nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 3))
+    config = TUNERS[tuner]()
+    config.target_modules = {"0", "2", "4"}
+    model = get_peft_model(layers, config)
+    runs, x = [], torch.randn(30, 12)
+    for module in (model, torch.compile(copy.deepcopy(model), backend="aot_eager")):
+        optimizer, losses = adamw(module), []
+        frozen = freezing(module, optimizer, batch=(x,), share=0.7, initial=0.4, end=0.2)
+        for i in (1, 2, 3):
+            loss = module(x).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+            frozen.check(i)
+        runs.append((losses, frozen.frozen.keys()))
+    assert len(runs[0][1]) == 2
+    assert runs[0][0] == pytest.approx(runs[1][0], rel=1e-5)
+    assert runs[0][1] == runs[1][1]
