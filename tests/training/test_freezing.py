@@ -11,6 +11,7 @@ from torch import nn
 from tuned import TUNERS, adamw, freezing, lowest, saved, step, tuned
 
 from snell.training import SelectiveFreezing, cka_importance
+from snell.training.adapters import outputs
 
 
 def bits(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -81,6 +82,41 @@ def test_the_importance_is_that_of_the_output_without_the_adapter_and_with_it(tu
         assert importances[name] == pytest.approx(cka_importance(plain, y.detach() - plain).item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("tuner", ["snell", "lora"])
+def test_a_change_below_the_digits_of_the_output_is_seen(tuner):
+    model = tuned(tuner).bfloat16()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.mul_(1e-4 if "lora_B" in name else 0.01 if "snell_" in name else 1)
+    exact = copy.deepcopy(model).double()
+    for name, layer in freezing(model, adamw(model)).adapters.items():
+        x = torch.randn(50, layer.base_layer.in_features).bfloat16()
+        change, expected = outputs(layer, x)[1], outputs(exact.get_submodule(name), x.double())[1]
+        assert expected.norm() < 2**-8 * layer.base_layer(x).norm()
+        assert (change - expected).norm() < 2**-6 * expected.norm()
+
+
+def test_the_importance_sees_few_rows_and_no_dropout():
+    model, inputs, seen = tuned("snell", "bert"), batch("bert", 150), []  # of 7 tokens
+    frozen = freezing(model, adamw(model), batch=inputs, importance=lambda output, change: seen.append(output) or 0.5)
+    for seed in range(2):
+        torch.manual_seed(seed)
+        frozen.measure()
+    half = len(seen) // 2
+    assert {len(output) for output in seen} <= set(range(150, 513))
+    assert max(len(output) for output in seen) == 350  # every third of 1050
+    assert all(torch.equal(first, second) for first, second in zip(seen[:half], seen[half:], strict=True))
+
+
+def test_gradients_at_hand_are_dropped():
+    model, inputs = tuned(), batch("llama", 4)
+    frozen = freezing(model, adamw(model), batch=inputs, share=0.5, end=0.1)
+    model(**inputs).loss.backward()
+    names = frozen.check(1)
+    assert all(p.grad is None for name in names for p in frozen.adapters[name].parameters())
+    assert sum(p.grad is not None for p in model.parameters()) == sum(p.requires_grad for p in model.parameters()) > 0
+
+
 def test_padding_does_not_count():
     inputs = batch("bert", 4)
     model = tuned("snell", "bert")
@@ -99,6 +135,8 @@ def test_padding_does_not_count():
 @pytest.mark.parametrize("settings", [{"threshold": 0.0}, {"share": 0.0}, {"threshold": 1e-12}])
 def test_a_run_in_which_nothing_freezes_is_the_plain_run_to_the_bit(settings):
     plain = tuned("snell", "bert")  # with dropout: checks must not move the generators
+    plain.get_input_embeddings().register_forward_hook(lambda *_: torch.rand(1) and None)  # which some models do
+    plain.base_model.model.bert.pooler.eval()
     safe, inputs = copy.deepcopy(plain), batch("bert", 4)
     states = []
     for model in (plain, safe):
@@ -109,6 +147,7 @@ def test_a_run_in_which_nothing_freezes_is_the_plain_run_to_the_bit(settings):
             step(model, optimizer, inputs)
             assert frozen is None or frozen.check(i) == []
         assert model.training
+        assert not model.base_model.model.bert.pooler.training
         states.append(bits(model))
     assert same(*states)
 

@@ -16,6 +16,7 @@ from tuned import TUNERS, tuned
 
 from snell.cli import main
 from snell.training import SafeCallback, cka_importance
+from snell.training.callback import _first
 
 
 def bits(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -114,6 +115,15 @@ def test_the_calibration_batch_is_the_first_samples_or_the_given_one(tmp_path):
     with pytest.raises(ValueError, match="calibration must be given"):
         run(tuned(), Stream(), tmp_path, SafeCallback()).train()
     run(tuned(), Stream(), tmp_path, callback).train()
+
+
+def test_a_collator_that_draws_gives_a_resumed_run_the_same_batch():
+    loader = torch.utils.data.DataLoader([1.0, 2.0], collate_fn=lambda samples: torch.tensor(samples) + torch.rand(2))
+    state = torch.get_rng_state()
+    first = _first(loader, 2, seed=7)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(3)
+    assert torch.equal(_first(loader, 2, seed=7), first)
 
 
 def test_the_best_model_is_loaded_into_folded_layers(tmp_path):
