@@ -136,7 +136,7 @@ class SelectiveFreezing:
         if self.warmed_up is None:
             return []
         level = self.schedule.level(progress, self.warmed_up)
-        names = self.schedule.frozen(now, len(self.adapters), level)
+        names = self.schedule.to_freeze(now, level, len(self.frozen), len(self.adapters))
         self._freeze({name: {"step": step, "importance": now[name]} for name in names})
         return names
 

@@ -109,9 +109,12 @@ class Cut:
         if not self._wanted or not (blocks if reentrant else prefix):
             return
         for module in prefix:
-            cut = _WithoutGrad(detach=not reentrant)
-            self._handles.append(module.register_forward_pre_hook(cut.enter))
-            self._handles.append(module.register_forward_hook(cut.leave, always_call=True))
+            without = _WithoutGrad()
+            self._handles.append(module.register_forward_pre_hook(without.enter))
+            # First of the hooks: where an earlier run has put a cut here, the modes are restored in reverse.
+            self._handles.append(module.register_forward_hook(without.leave, always_call=True, prepend=True))
+            if not reentrant:
+                self._handles.append(module.register_forward_hook(_detach))
             for block in module.modules():
                 if isinstance(block, GradientCheckpointingLayer):
                     block.gradient_checkpointing = False
@@ -123,19 +126,21 @@ class Cut:
 class _WithoutGrad:
     """Runs a module under ``torch.no_grad``."""
 
-    def __init__(self, detach: bool) -> None:
-        self.detach = detach
+    def __init__(self) -> None:
         self._modes: list[bool] = []
 
     def enter(self, module: nn.Module, args: Any) -> None:
         self._modes.append(torch.is_grad_enabled())
         torch.set_grad_enabled(False)
 
-    def leave(self, module: nn.Module, args: Any, output: Any) -> Any:
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._modes:
             torch.set_grad_enabled(self._modes.pop())
-        # A hook may have asked for a gradient of the output itself.
-        return output.detach() if self.detach and isinstance(output, Tensor) else output
+
+
+def _detach(module: nn.Module, args: Any, output: Any) -> Any:
+    # A hook may have asked for a gradient of the output itself.
+    return output.detach() if isinstance(output, Tensor) else output
 
 
 def _is_reentrant(module: nn.Module) -> bool:

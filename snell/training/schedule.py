@@ -71,17 +71,16 @@ class Schedule:
         left = 1 - (progress - warmed_up) / (self.end - warmed_up)
         return self.final + (self.initial - self.final) * min(1.0, left) ** 3
 
-    def frozen(self, importances: dict[str, float], number: int, level: float) -> list[str]:
+    def to_freeze(self, importances: dict[str, float], level: float, already: int, number: int) -> list[str]:
         """Which adapters freeze at that level.
 
         Args:
-            importances: of the adapters that still train.
-            number: of all adapters, with the frozen ones.
+            importances: of adapters that still train.
             level: from :meth:`level`.
+            already, number: how many adapters are frozen, and how many there are.
         """
         by_importance = sorted(importances, key=lambda name: importances[name])
         if self.kind == "threshold":
             return [name for name in by_importance if level > 0 and importances[name] <= level]
         # A product such as 0.7 * 10 may fall short of the count that is meant.
-        wanted = math.floor(level * number + 1e-9) - (number - len(importances))
-        return by_importance[: max(0, wanted)]
+        return by_importance[: max(0, math.floor(level * number + 1e-9) - already)]

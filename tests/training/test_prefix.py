@@ -9,6 +9,8 @@ import torch
 from small_models import batch
 from tuned import adamw, freezing, lowest, tuned
 
+from snell.peft import AdaptedLinear
+
 CHECKPOINTING = {"plain": None, "input gradients": None, "reentrant": True, "not reentrant": False}
 
 
@@ -163,6 +165,27 @@ def failing(module):
         yield
     finally:
         handle.remove()
+
+
+@pytest.mark.parametrize("mode", ["input gradients", "reentrant", "not reentrant"])
+def test_a_second_run_of_the_same_model_cuts_again(mode):
+    model, inputs = prepared("llama", mode), batch("llama", 4)
+    for count in (7, 2):  # the first block, then two layers of the second one
+        share = (count + 0.1) / sum(any(p.requires_grad for p in layer.parameters()) for layer in adapted_layers(model))
+        frozen = freezing(model, adamw(model), batch=inputs, share=share, end=0.1, importance=lowest(count), fold=False)
+        reference = gradients(model, inputs)
+        assert len(frozen.check(1)) == count
+        first, _ = blocks(model, "llama")
+        with watched(first) as (below,):
+            found = gradients(model, inputs)
+        assert torch.is_grad_enabled()
+        assert (below.calls, below.saved) == (1, 0)
+        assert len(found) == len(reference) - 2 * count
+        assert all(torch.equal(gradient, reference[key]) for key, gradient in found.items())
+
+
+def adapted_layers(model):
+    return [module for module in model.modules() if isinstance(module, AdaptedLinear)]
 
 
 def test_a_copy_trains_as_its_original():

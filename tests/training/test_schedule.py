@@ -24,12 +24,13 @@ def test_a_warm_up_that_lasts_beyond_the_end_leaves_the_final_level():
 def test_who_freezes():
     importances = {"a": 0.3, "b": 0.1, "c": 1.0, "d": 0.0}
     by_threshold, by_share = Schedule(threshold=1.0), Schedule(share=1.0)
-    assert by_threshold.frozen(importances, 4, 0.3) == ["d", "b", "a"]
-    assert by_threshold.frozen(importances, 4, 1.0) == ["d", "b", "a", "c"]
-    assert by_threshold.frozen(importances, 4, 0.0) == []  # also one that changes nothing yet, as a fresh LoRA
-    assert by_share.frozen(importances, 10, 0.7) == ["d"]  # six of ten are frozen already; 0.7 * 10 < 7
-    assert by_share.frozen(importances, 10, 0.5) == []
-    assert by_share.frozen(importances, 4, 0.74) == ["d", "b"]
+    assert by_threshold.to_freeze(importances, 0.3, 0, 4) == ["d", "b", "a"]
+    assert by_threshold.to_freeze(importances, 1.0, 0, 4) == ["d", "b", "a", "c"]
+    assert by_threshold.to_freeze(importances, 0.0, 0, 4) == []  # also one that changes nothing yet, as a fresh LoRA
+    assert by_share.to_freeze(importances, 0.7, 6, 10) == ["d"]  # 0.7 * 10 < 7 in floating point
+    assert by_share.to_freeze(importances, 0.5, 6, 10) == []
+    assert by_share.to_freeze(importances, 0.74, 0, 4) == ["d", "b"]
+    assert by_share.to_freeze(importances, 0.4, 0, 10) == ["d", "b", "a", "c"]  # six are not reached by the batch
 
 
 def test_half_of_the_adapters_freeze_unless_told_otherwise():
