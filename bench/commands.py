@@ -72,6 +72,11 @@ OPTIONS: dict[str, tuple[Decorator, ...]] = {
     "operations": (_one("--repetitions", _COUNT, 11, "Timed runs of each."),),
     "growth": (_WHERE, _seconds(6.0, "point")),
     "minilm": (_one("--steps", _COUNT, 40, "Training steps of every run."),),
+    "freezing": (
+        _one("--task", click.Choice(list(TASKS)), "digits", "Which data."),
+        _one("--seeds", _COUNT, 5, "Draws of labels, heads and factors."),
+        _one("--share", click.FloatRange(0, 1), 0.5, "Share of the adapters that is frozen at the end."),
+    ),
     "steps": (_WHERE, _REPETITIONS),
     "memory": (
         _WHERE,

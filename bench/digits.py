@@ -8,8 +8,9 @@ stands in both domains, nor in two splits.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -131,17 +132,29 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Images) -> N
     optimizer.step()
 
 
-def train(model: nn.Module, data: Images, rate: float, steps: int, seed: int, tick: Step = lambda: None) -> None:
-    """AdamW over random batches; the rate warms up over a tenth of the steps, then falls along a cosine."""
-    generator = torch.Generator().manual_seed(seed)
-    adamw, warmup = optimizer(model, rate), max(1, steps // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        adamw, lambda step: min(1.0, (step + 1) / warmup) * (1 + math.cos(math.pi * step / steps)) / 2
+def schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """The rate warms up over a tenth of the steps, then falls along a cosine."""
+    warmup = max(1, steps // 10)
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / warmup) * (1 + math.cos(math.pi * step / steps)) / 2
     )
+
+
+def batches(data: Images, seed: int) -> Iterator[Images]:
+    """Random batches without end."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield data[torch.randint(len(data), (BATCH,), generator=generator)]
+
+
+def train(model: nn.Module, data: Images, rate: float, steps: int, seed: int, tick: Step = lambda: None) -> None:
+    """AdamW over random batches, with :func:`schedule`."""
+    adamw = optimizer(model, rate)
+    rates = schedule(adamw, steps)
     model.train()
-    for _ in range(steps):
-        step(model, adamw, data[torch.randint(len(data), (BATCH,), generator=generator)])
-        schedule.step()
+    for batch in itertools.islice(batches(data, seed), steps):
+        step(model, adamw, batch)
+        rates.step()
         tick()
     model.eval()
 

@@ -29,6 +29,7 @@ FLOORS = (
     ("snell.linear",),
     ("snell",),
     ("snell.peft", "snell.testing"),
+    ("snell.training",),
     ("snell.cli",),
     ("snell.bench",),
     ("snell.__main__",),

@@ -35,6 +35,10 @@ BENCHMARKS = {
         "operations": (f"{_EXPERIMENTS}.operations", "A layer's operations on a CPU, compared with a copy and a GEMM."),
         "growth": (f"{_EXPERIMENTS}.growth", "How time and memory grow, compared with the cost model."),
         "minilm": (f"{_EXPERIMENTS}.minilm", "A real checkpoint on real text: SNELL, LoRA, linear probe."),
+        "freezing": (
+            f"{_EXPERIMENTS}.freezing",
+            "Selective freezing (SAFE): cost and accuracy beside the run without.",
+        ),
     },
     "The paper's experiments": {
         "steps": (f"{_PAPER}.steps", "The paper's Table A14: a step's time relative to LoRA-8 on ViT-B/16."),

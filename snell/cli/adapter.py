@@ -49,6 +49,15 @@ class Adapter:
         """Folders inside this one that hold other adapters."""
         return sorted(path.parent for path in self.folder.glob(f"*/{CONFIG_NAME}"))
 
+    def frozen(self) -> dict[str, int]:
+        """The step at which SafeCallback froze each frozen layer, from the Trainer's state beside the adapter."""
+        try:
+            state = json.loads((self.folder / "trainer_state.json").read_text())
+            frozen = state["stateful_callbacks"]["SafeCallback"]["attributes"]["saved"]["frozen"]
+            return {name.removeprefix("base_model.model."): facts["step"] for name, facts in frozen.items()}
+        except (OSError, ValueError, LookupError, TypeError):
+            return {}
+
     def _update(self, layer: str, tensors: dict[str, Tensor]) -> Update:
         spec, scale = self.config.spec_of(layer), self.config.scale
         needed = ["A", "B", *(["theta"] if self.config.trains_theta and spec.num_theta else [])]

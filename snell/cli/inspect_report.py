@@ -79,6 +79,8 @@ def notes(rows: Sequence[Row], adapter: Adapter, base: str | None) -> list[str]:
     missing = [row.name for row in rows if base is not None and row.base_norm is None]
     if missing:
         found.append(f"{base} holds no float weight for {len(missing)} of the layers, such as {missing[0]}.")
+    if frozen := adapter.frozen():
+        found.append(f"SafeCallback froze {len(frozen)} of {len(rows)} layers; inspect.json says which, and when.")
     if others := adapter.others():
         found.append(f"Other adapters are in {', '.join(map(str, others))}.")
     return found
@@ -110,11 +112,12 @@ def report(adapter_dir: Path, base: str | None, out: Path) -> None:
         click.echo(note)
     out.mkdir(parents=True, exist_ok=True)
     draw(out / "inspect.png", f"{adapter.folder}: {_total(rows)}\n{made_of}", rows, grids)
+    frozen = adapter.frozen()
     document = {
         "adapter": str(adapter_dir),
         "base": base,
         "settings": settings,
-        "layers": [asdict(row) for row in rows],
+        "layers": [asdict(row) | {"frozen_at_step": frozen.get(row.name)} for row in rows],
     }
     (out / "inspect.json").write_text(json.dumps(document, indent=1) + "\n")
     click.echo(f"written: {out / 'inspect.png'}, {out / 'inspect.json'}")

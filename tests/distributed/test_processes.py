@@ -14,6 +14,8 @@ WORK = (
     "fsdp",
     "red_fsdp",
     "fsdp_mixed_precision",
+    "freezing_under_ddp",
+    "freezing_under_fsdp",
     "selection",
     "splits",
     "tensor_parallel",

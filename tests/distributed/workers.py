@@ -16,7 +16,7 @@ from small import batch, close, factors, model, optimizer, red, train
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -25,6 +25,7 @@ from snell.competition.processes import select_among
 from snell.distributed import Split
 from snell.peft import AdaptedLinear, SnellConfig
 from snell.spec import Spec
+from snell.training import SelectiveFreezing, cka_importance
 
 
 def everywhere(path: str | None) -> str:
@@ -100,6 +101,71 @@ def fsdp_mixed_precision() -> None:
     # Weights and activations keep 8 bits, and so does the loss; the factors keep all of theirs.
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(alone()[0]), rtol=2**-6, atol=0)
     assert all(p.dtype == torch.float32 for p in factors(module).values())
+
+
+def _freezing(module: nn.Module, **settings) -> tuple[SelectiveFreezing, list[float]]:
+    """Three steps, in each of which adapters freeze; a distributed model takes this process's share of the batch."""
+    rank, processes = dist.get_rank(), dist.get_world_size()
+    settings = {"share": 0.5, "initial": 0.2, "warmup": 0.0, "end": 1.0, **settings}
+    steps, distributed = optimizer(module), not isinstance(module, PeftModel) or hasattr(module, "reshard")
+    frozen, losses = SelectiveFreezing(module, steps, batch(), steps=4, **settings), []
+    for i in (1, 2, 3):
+        loss = module.train()(**(batch(rank, processes) if distributed else batch())).loss
+        loss.backward()
+        steps.step()
+        steps.zero_grad()
+        assert frozen.check(i)
+        losses.append(loss.detach())
+    mean = torch.stack(losses)
+    if distributed:
+        dist.all_reduce(mean)
+        mean /= processes
+    return frozen, mean.tolist()
+
+
+def _agree(frozen: SelectiveFreezing) -> None:
+    states = [None] * dist.get_world_size()
+    dist.all_gather_object(states, frozen.state_dict())
+    assert all(state == states[0] for state in states)
+
+
+def freezing_under_ddp() -> None:
+    single, expected = _freezing(model())
+    frozen, losses = _freezing(nn.parallel.DistributedDataParallel(model(), find_unused_parameters=True))
+    _agree(frozen)
+    assert frozen.frozen.keys() == single.frozen.keys()
+    assert frozen.folded == single.folded == list(single.frozen)
+    assert_losses(losses, expected)
+    close(factors(frozen.model), factors(single.model))
+
+    # Where processes would decide otherwise, the first one's importances count.
+    def own(output: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+        return cka_importance(output, change) if dist.get_rank() == 0 else torch.rand(())
+
+    wrapped = nn.parallel.DistributedDataParallel(model(), find_unused_parameters=True)
+    disputed, _ = _freezing(wrapped, importance=own)
+    _agree(disputed)
+    assert disputed.frozen.keys() == frozen.frozen.keys()
+    with pytest.raises(ValueError, match="find_unused_parameters=True"):
+        _freezing(nn.parallel.DistributedDataParallel(model()))
+
+
+def freezing_under_fsdp() -> None:
+    single, expected = _freezing(model(), fold=False)
+    module = _sharded(reshard_after_forward=False)  # a calibration pass leaves the parameters gathered
+    frozen, losses = _freezing(module)
+    _agree(frozen)
+    assert frozen.frozen.keys() == single.frozen.keys()
+    assert frozen.folded == []  # no process holds the whole weight
+    assert_losses(losses, expected)
+    close({key: p.full_tensor() for key, p in factors(module).items()}, factors(single.model))
+    gone = {p for name in frozen.frozen for p in frozen.adapters[name].parameters()}
+    module(**batch()).loss.backward()
+    assert not any(p.requires_grad or p.grad is not None for p in gone)
+    assert any(p.grad is not None for p in module.parameters())
+    assert not gone & frozen.optimizer.state.keys()
+    with pytest.raises(ValueError, match="use fully_shard"):
+        _freezing(FullyShardedDataParallel(model(), device_id=torch.device("cpu"), use_orig_params=True))
 
 
 def selection() -> None:

@@ -1,14 +1,13 @@
 """Training as people do it: Trainer, Accelerate, checkpointing, compilation; resumed runs equal unbroken ones."""
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
-import transformers as tf
 from accelerate import Accelerator
-from peft import PeftModel, get_peft_model
+from peft import get_peft_model
 from small_models import adapted, batch, build, config, logits, train
+from trainer_runs import Samples, StopAfter, losses, run
 
 from snell.competition import memo
 from snell.peft import AdaptedLinear, RedConfig
@@ -19,45 +18,6 @@ CHECKPOINTING = [
 ]
 
 
-class Samples(torch.utils.data.Dataset):
-    """A fixed data set: the batch of a small model, one sample at a time."""
-
-    def __init__(self, name: str, samples: int) -> None:
-        self.columns = batch(name, samples)
-
-    def __len__(self) -> int:
-        return len(next(iter(self.columns.values())))
-
-    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
-        return {key: column[i] for key, column in self.columns.items()}
-
-
-class StopAfter(tf.TrainerCallback):
-    """Interrupts a run that was meant to be longer."""
-
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
-
-    def on_step_end(self, args, state, control, **_):
-        control.should_training_stop = state.global_step >= self.steps
-
-
-def run(model: PeftModel, data: Samples, folder: Path, *callbacks: tf.TrainerCallback, **settings) -> tf.Trainer:
-    defaults = {
-        "per_device_train_batch_size": 2,
-        "max_steps": 4,
-        "learning_rate": 1e-2,
-        "report_to": [],
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
-    }
-    arguments = tf.TrainingArguments(output_dir=str(folder), **{**defaults, **settings})
-    return tf.Trainer(model=model, args=arguments, train_dataset=data, eval_dataset=data, callbacks=list(callbacks))
-
-
 def factors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {key: value.clone() for key, value in model.state_dict().items() if "snell_" in key or "repr_" in key}
 
@@ -65,10 +25,6 @@ def factors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def assert_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
     assert ours.keys() == theirs.keys()
     assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
-
-
-def losses(trainer: tf.Trainer) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 @pytest.mark.parametrize(

@@ -170,6 +170,14 @@ class TunerLayer(nn.Module, BaseTunerLayer):
             record.take_out(weight)
         self._merged.pop(name, None)
 
+    def unmerged_weight(self) -> Tensor:
+        """A copy of the float base weight without what is merged into it, laid out as it is."""
+        base_layer: Any = self.get_base_layer()
+        weight = base_layer.weight.detach().clone()
+        for record in reversed(self._merged.values()):
+            record.take_out(weight.T if self.fan_in_fan_out else weight)  # type: ignore[union-attr]
+        return weight
+
     @property
     def merged_adapters(self) -> list[str]:  # type: ignore[override]
         """Names of the merged adapters, in the order they went in."""

@@ -100,7 +100,7 @@ class AdaptedLinear(TunerLayer):
                 return functional.linear(x, weight, base.bias(self.base_layer), self._update(active[0]))
         y = self.base_layer(x, *args, **kwargs)
         for name in active:
-            share = self._share(self.snell_dropout[name](x), name)
+            share = self.share(self.snell_dropout[name](x), name)
             if share.shape != y.shape:
                 raise ValueError(
                     f"the base layer answers {tuple(y.shape)} where its update is {tuple(share.shape)}: of tensor "
@@ -110,12 +110,12 @@ class AdaptedLinear(TunerLayer):
         return y
 
     def _adapt_samples(self, y: Tensor, x: Tensor, samples: Tensor, name: str) -> Tensor:
-        return y.index_add(0, samples, self._share(x[samples], name).to(y.dtype))
+        return y.index_add(0, samples, self.share(x[samples], name).to(y.dtype))
 
     def _drops(self, name: str) -> bool:
         return self.training and isinstance(self.snell_dropout[name], nn.Dropout)
 
-    def _share(self, x: Tensor, name: str) -> Tensor:
+    def share(self, x: Tensor, name: str) -> Tensor:
         """The adapter's share of the output, ``x dW^T``."""
         split = base.split(self.base_layer, self.fan_in_fan_out)
         if split is None:
