@@ -31,6 +31,7 @@ FLOORS = (
     ("snell.peft", "snell.testing"),
     ("snell.cli",),
     ("snell.bench",),
+    ("snell.study",),
     ("snell.__main__",),
 )
 

@@ -1,4 +1,4 @@
-"""The command line: ``snell doctor``, ``snell demo``, ``snell inspect``, ``snell bench``."""
+"""The command line: ``snell doctor``, ``snell demo``, ``snell inspect``, ``snell bench``, ``snell study``."""
 
 from __future__ import annotations
 
@@ -56,6 +56,13 @@ BENCHMARKS = {
     },
 }
 
+#: The same for ``snell study``.
+STUDIES = {
+    "Studies": {
+        "classify": ("snell.study.command", "Methods of fine-tuning on real data, paired with LoRA draw by draw."),
+    },
+}
+
 
 @click.group(cls=LazyGroup, sections=COMMANDS)
 @click.version_option(package_name="snell")
@@ -66,3 +73,8 @@ def main() -> None:
 @main.group("bench", cls=LazyGroup, sections=BENCHMARKS)
 def bench() -> None:
     """Measure: layers, models, growth, and the paper's experiments."""
+
+
+@main.group("study", cls=LazyGroup, sections=STUDIES)
+def study() -> None:
+    """Compare accuracies on real data, with the errors of the differences."""
