@@ -26,11 +26,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def load(name: str, data: Mapping[str, Path], layers: int) -> Task:
-    """The task of that name."""
-    return text.load(name, data.get(name), layers)
-
-
 def run(
     out: Path,
     tasks: Sequence[str],
@@ -40,6 +35,7 @@ def run(
     per_class: int | None,
     steps: int,
     layers: int,
+    checkpoint: Path | None,
     draws: int,
     error: float,
     threads: int,
@@ -51,7 +47,7 @@ def run(
     quiet_libraries()
     for name in tasks:
         with Journal(out / f"classify-{name}.jsonl") as journal:
-            task = load(name, data, layers)
+            task = text.load(name, data.get(name), layers, checkpoint)
             settings = [Setting(name, layers, rank, labels, per_class, steps) for rank in ranks]
             runs = len(settings) * len(methods) * (5 + 2 * (len(comparison.CHOOSING) - 1) + draws)
             with tqdm(total=runs, unit="run", desc=name) as bar:

@@ -68,6 +68,7 @@ def _several(name: str, into: str, text: str, **more: Any) -> Any:
 @click.option("--labels-a-class", "per_class", type=_COUNT, help="So many labels of each class instead.")
 @_one("--steps", _COUNT, 120, "Training steps of every run, of 32 examples each.")
 @_one("--layers", _COUNT, 3, "How many of the checkpoint's first layers are used.")
+@click.option("--checkpoint", type=click.Path(path_type=Path, exists=True), help="Another than MiniLM: a folder.")
 @_one("--draws", click.IntRange(2), 10, "The most draws that judge a method.")
 @_one("--error", click.FloatRange(0), 0.3, "Draws end when the difference's standard error, in points, is below.")
 @_one("--threads", _COUNT, 1, "Threads of this process.")

@@ -46,11 +46,9 @@ class Comparison:
     bar: tqdm
     max_seconds: float | None = None
     error: float = 0.3  # in points: draws end when the difference from LoRA has a smaller standard error
-    sizes: Mapping[str, int] = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         self.started = time.process_time()
-        self.sizes = self.sizes or SIZES
 
     def run(self, setting: Setting, method: Method, rate: float, draw: int, part: str) -> dict[str, Any]:
         """The result of a run, from the journal where it is there.
@@ -58,7 +56,7 @@ class Comparison:
         Raises:
             OutOfTime: the run is not in the journal, and the study has used its time.
         """
-        judge = f"{part}:{self.sizes[part]}"
+        judge = f"{part}:{SIZES[part]}"
         key = {"version": VERSION, **asdict(setting), "method": str(method), "rate": rate, "draw": draw, "judge": judge}
         result = self.journal.get(key)
         if result is None:

@@ -44,6 +44,9 @@ PLAN = (
     "snell:sparsity=0",
     "snell:gate=hard",
     "snell:sparsity=0.99",
+    "snell:gate=magnitude,init_weights=identity",
+    "snell:init_weights=identity",
+    "snell:gate=hard,init_weights=identity",
     "dora",
     "rslora",
     "shira",
@@ -69,7 +72,8 @@ class Method:
             return " ".join([KNOWN[self.name].label, *(f"{key} {value}" for key, value in self.settings)])
         settings = {"gate": "soft", "sparsity": 0.9, **dict(self.settings)}
         gate, sparsity = settings.pop("gate"), settings.pop("sparsity")
-        more = "".join(f", {key} {value}" for key, value in settings.items())
+        more = ", identity start" if settings.pop("init_weights", None) == "identity" else ""
+        more += "".join(f", {key} {value}" for key, value in settings.items())
         return f"SNELL {sparsity:g} {gate}{more}" if sparsity else f"SNELL 0{more}"
 
     @property

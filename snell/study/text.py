@@ -43,7 +43,7 @@ def wordnet(path: Path | None) -> Iterable[tuple[str, str]]:
 def debian(path: Path | None) -> Iterable[tuple[str, str]]:
     """A short description for each source package, with its section, from ``apt-cache dumpavail`` or a file of it."""
     try:
-        text: str = path.read_text() if path else subprocess.check_output(["apt-cache", "dumpavail"], text=True)
+        text = path.read_text() if path else subprocess.check_output(["apt-cache", "dumpavail"], text=True)
     except (OSError, subprocess.CalledProcessError) as error:
         raise click.ClickException(
             f"Debian's package index cannot be read ({error}): run apt-get update on a Debian system, or name a file "
@@ -51,7 +51,9 @@ def debian(path: Path | None) -> Iterable[tuple[str, str]]:
         ) from error
     seen = set()
     for entry in text.split("\n\n"):
-        fields = dict(re.findall(r"^(Package|Source|Section|Description(?:-en)?): (.*)$", entry, re.MULTILINE))
+        fields: dict[str, str] = dict(
+            re.findall(r"^(Package|Source|Section|Description(?:-en)?): (.*)$", entry, re.MULTILINE)
+        )
         description = fields.get("Description") or fields.get("Description-en")
         source = fields.get("Source", fields.get("Package", "")).split(" ")[0]
         if description and "Section" in fields and source not in seen:
@@ -84,7 +86,7 @@ class MeanPooled(nn.Module):
         return (tokens * mask).sum(1) / mask.sum(1)
 
 
-def load(name: str, path: Path | None, layers: int, checkpoint: Path | None = None) -> Task:
+def load(name: str, path: Path | None, layers: int, checkpoint: Path | None) -> Task:
     """The task ``"wordnet"`` or ``"debian"``.
 
     Args:
