@@ -33,7 +33,6 @@ BENCHMARKS = {
         "models": (f"{_EXPERIMENTS}.models", "A whole training step through PEFT, compared with other methods."),
         "operations": (f"{_EXPERIMENTS}.operations", "A layer's operations on a CPU, compared with a copy and a GEMM."),
         "growth": (f"{_EXPERIMENTS}.growth", "How time and memory grow, compared with the cost model."),
-        "minilm": (f"{_EXPERIMENTS}.minilm", "A real checkpoint on real text: SNELL, LoRA, linear probe."),
     },
     "The paper's experiments": {
         "steps": (f"{_PAPER}.steps", "The paper's Table A14: a step's time relative to LoRA-8 on ViT-B/16."),

@@ -198,6 +198,10 @@ def test_methods_start_from_the_same_head_and_train_as_many_parameters(task):
     assert of_lora == counts["probe"] + sum(2 * (m.in_features + m.out_features) for m in linears)
     assert all(counts[name] == of_lora for name in ("rslora", "shira", "snell", "snell:sparsity=0,gate=hard"))
     assert counts["dora"] == of_lora + sum(m.out_features for m in linears)
+    settings = {name: models[name].peft_config["default"] for name in ("lora", "rslora", "dora")}
+    assert all((config.r, config.lora_alpha) == (2, 4) for config in settings.values())
+    assert [name for name, config in settings.items() if config.use_rslora] == ["rslora"]
+    assert [name for name, config in settings.items() if config.use_dora] == ["dora"]
     assert counts["full"] == sum(p.numel() for p in models["full"].parameters())
 
 
