@@ -8,7 +8,6 @@ stands in both domains, nor in two splits.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -23,7 +22,7 @@ from transformers import ViTConfig, ViTForImageClassification
 from snell.bench import contenders
 from snell.bench.clock import Step
 from snell.bench.memory import trained
-from snell.bench.protocol import Job
+from snell.bench.protocol import Job, cosine
 
 #: Makes a model with a new head out of the pre-trained one.
 Build = Callable[[nn.Module], nn.Module]
@@ -134,10 +133,8 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Images) -> N
 def train(model: nn.Module, data: Images, rate: float, steps: int, seed: int, tick: Step = lambda: None) -> None:
     """AdamW over random batches; the rate warms up over a tenth of the steps, then falls along a cosine."""
     generator = torch.Generator().manual_seed(seed)
-    adamw, warmup = optimizer(model, rate), max(1, steps // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        adamw, lambda step: min(1.0, (step + 1) / warmup) * (1 + math.cos(math.pi * step / steps)) / 2
-    )
+    adamw = optimizer(model, rate)
+    schedule = cosine(adamw, steps)
     model.train()
     for _ in range(steps):
         step(model, adamw, data[torch.randint(len(data), (BATCH,), generator=generator)])

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from snell.bench.contenders import quiet_libraries
 from snell.bench.names import METHODS
 from snell.bench.report import Columns, Document, made_by, picture, publish, standard_error, table
-from snell.study import comparison, text
+from snell.study import TASKS, comparison, images, text
 from snell.study.comparison import Comparison
 from snell.study.journal import Journal
 from snell.study.methods import Method
@@ -34,7 +34,7 @@ def run(
     labels: int | None,
     per_class: int | None,
     steps: int,
-    layers: int,
+    layers: int | None,
     checkpoint: Path | None,
     draws: int,
     error: float,
@@ -47,8 +47,12 @@ def run(
     quiet_libraries()
     for name in tasks:
         with Journal(out / f"classify-{name}.jsonl") as journal:
-            task = text.load(name, data.get(name), layers, checkpoint)
-            settings = [Setting(name, layers, rank, labels, per_class, steps) for rank in ranks]
+            depth = layers or TASKS[name]
+            if name == "fashion":
+                task = images.load(data.get(name), data.get("fonts"), depth, out / f"glyphs-{depth}.pt")
+            else:
+                task = text.load(name, data.get(name), depth, checkpoint)
+            settings = [Setting(name, depth, rank, labels, per_class, steps) for rank in ranks]
             runs = len(settings) * len(methods) * (5 + 2 * (len(comparison.CHOOSING) - 1) + draws)
             with tqdm(total=runs, unit="run", desc=name) as bar:
                 seconds = None if max_minutes is None else 60 * max_minutes

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import math
 import time
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from snell.bench.memory import num_trained
+from snell.bench.protocol import cosine
 from snell.study.methods import Method, adapt
 from snell.study.tasks import Task
 
@@ -62,11 +63,28 @@ def _optimizer(model: nn.Module, method: Method, rate: float) -> torch.optim.Opt
     return torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0, fused=True)
 
 
+def fit(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LambdaLR,
+    batches: Iterable[tuple[Mapping[str, Tensor], Tensor]],
+) -> list[float]:
+    """A step for each batch of inputs and labels; returns the steps' processor times in seconds."""
+    seconds = []
+    for inputs, labels in batches:
+        start = time.process_time()
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(**inputs), labels).backward()
+        optimizer.step()
+        schedule.step()
+        seconds.append(time.process_time() - start)
+    return seconds
+
+
 def train_and_judge(
     task: Task, backbone: nn.Module, setting: Setting, method: Method, rate: float, draw: int, judge: str
 ) -> dict[str, float]:
-    """Train with AdamW, without weight decay or dropout; the rates warm up over a tenth of the steps, then fall along a
-    cosine.
+    """Train with AdamW, without weight decay or dropout, on a cosine schedule.
 
     Returns:
         ``accuracy`` in percent on the draw's examples of the part that judges; ``seconds``, the median processor time
@@ -75,19 +93,9 @@ def train_and_judge(
     data = task.draw(draw, setting.labels, setting.per_class, setting.steps, BATCH, judge)
     # Dropout would draw other numbers with other methods.
     model = built(backbone, task.classes, method, setting.rank, draw).eval()
-    optimizer, warmup = _optimizer(model, method, rate), max(1, setting.steps // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min(1.0, (step + 1) / warmup) * (1 + math.cos(math.pi * step / setting.steps)) / 2,
-    )
-    seconds = []
-    for examples in data.order.split(BATCH):
-        start = time.process_time()
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(**task.inputs(examples)), task.labels[examples]).backward()
-        optimizer.step()
-        schedule.step()
-        seconds.append(time.process_time() - start)
+    optimizer = _optimizer(model, method, rate)
+    batches = ((task.inputs(examples), task.labels[examples]) for examples in data.order.split(BATCH))
+    seconds = fit(model, optimizer, cosine(optimizer, setting.steps), batches)
     return {
         "accuracy": accuracy(model, task, data.judge),
         "seconds": sorted(seconds)[len(seconds) // 2],
