@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from snell.bench.names import METHODS, MODELS, TASKS, VITS
+from snell.bench.names import METHODS, MODELS, VITS
 from snell.cli.options import out_option
 from snell.kernels.table import TABLE
 
@@ -71,9 +71,7 @@ OPTIONS: dict[str, tuple[Decorator, ...]] = {
     ),
     "operations": (_one("--repetitions", _COUNT, 11, "Timed runs of each."),),
     "growth": (_WHERE, _seconds(6.0, "point")),
-    "minilm": (_one("--steps", _COUNT, 40, "Training steps of every run."),),
     "freezing": (
-        _one("--task", click.Choice(list(TASKS)), "digits", "Which data."),
         _one("--seeds", _COUNT, 5, "Draws of labels, heads and factors."),
         _one("--share", click.FloatRange(0, 1), 0.5, "Share of the adapters that is frozen at the end."),
     ),
@@ -83,10 +81,7 @@ OPTIONS: dict[str, tuple[Decorator, ...]] = {
         _several("--model", click.Choice(list(VITS)), _ALL),
         _several("--method", click.Choice(list(METHODS)), "One more method; may be repeated."),
     ),
-    "gates": (
-        _one("--task", click.Choice(list(TASKS)), "digits", "Which data."),
-        _one("--workers", _COUNT, 1, "Processes, of a thread each."),
-    ),
+    "gates": (_one("--workers", _COUNT, 1, "Processes, of a thread each."),),
     "fit": (_one("--steps", _COUNT, 100_000, "Steps of Adam."), _several("--rank", _COUNT, "May be repeated.", (8,))),
     "sparsify": (),
     "matrix-rank": (),

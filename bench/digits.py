@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -24,7 +23,7 @@ from transformers import ViTConfig, ViTForImageClassification
 from snell.bench import contenders
 from snell.bench.clock import Step
 from snell.bench.memory import trained
-from snell.bench.protocol import Job
+from snell.bench.protocol import Job, cosine
 
 #: Makes a model with a new head out of the pre-trained one.
 Build = Callable[[nn.Module], nn.Module]
@@ -132,14 +131,6 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Images) -> N
     optimizer.step()
 
 
-def schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
-    """The rate warms up over a tenth of the steps, then falls along a cosine."""
-    warmup = max(1, steps // 10)
-    return torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / warmup) * (1 + math.cos(math.pi * step / steps)) / 2
-    )
-
-
 def batches(data: Images, seed: int) -> Iterator[Images]:
     """Random batches without end."""
     generator = torch.Generator().manual_seed(seed)
@@ -148,9 +139,9 @@ def batches(data: Images, seed: int) -> Iterator[Images]:
 
 
 def train(model: nn.Module, data: Images, rate: float, steps: int, seed: int, tick: Step = lambda: None) -> None:
-    """AdamW over random batches, with :func:`schedule`."""
+    """AdamW over random batches; the rate warms up over a tenth of the steps, then falls along a cosine."""
     adamw = optimizer(model, rate)
-    rates = schedule(adamw, steps)
+    rates = cosine(adamw, steps)
     model.train()
     for batch in itertools.islice(batches(data, seed), steps):
         step(model, adamw, batch)

@@ -49,6 +49,3 @@ VITS: dict[str, dict[str, int]] = {
 }
 VITS["ViT-H/14"] = {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16, "intermediate_size": 5120}
 VITS["ViT-H/14"]["patch_size"] = 14
-
-#: The tasks of ``snell bench gates``, and the results file of each.
-TASKS = {"digits": "gates", "text": "gates-minilm"}

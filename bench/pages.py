@@ -21,6 +21,9 @@ from snell.cli import BENCHMARKS, COMMANDS
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 
+#: What the name of a results file may end in: where it was measured, or on which data.
+ENDINGS = "-(cpu|cuda|xeon|wordnet|debian|fashion)$"
+
 
 def pages() -> list[Path]:
     """Every page that may show results."""
@@ -30,7 +33,8 @@ def pages() -> list[Path]:
 def module_of(name: str) -> Any:
     """The module whose ``report``, ``brief`` and ``draw`` show a results file."""
     commands = {key: module for rows in (COMMANDS | BENCHMARKS).values() for key, (module, _) in rows.items()}
-    return importlib.import_module(commands.get(re.sub("-(cpu|cuda|minilm|xeon)$", "", name), "snell.bench.report"))
+    commands["classify"] = "snell.study.classify"  # its options lie in another module
+    return importlib.import_module(commands.get(re.sub(ENDINGS, "", name), "snell.bench.report"))
 
 
 def rendered(text: str) -> str:

@@ -1,10 +1,16 @@
-"""How accuracies are compared: validation data choose the learning rate, test data judge the method at that rate."""
+"""How accuracies are compared: validation data choose the learning rate, test data judge the method at that rate.
+
+Beside it the schedule that all trainings here share.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
+
+import torch
 
 
 class Job(NamedTuple):
@@ -53,3 +59,11 @@ def judged(
 def at_edge(row: dict[str, Any]) -> bool:
     """Whether the chosen rate is the lowest or the highest that was tried."""
     return row["rate"] in (row["rates"][0], row["rates"][-1])
+
+
+def cosine(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """A schedule: the rates warm up over a tenth of the steps, then fall along a cosine."""
+    warmup = max(1, steps // 10)
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / warmup) * (1 + math.cos(math.pi * step / steps)) / 2
+    )

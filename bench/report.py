@@ -30,12 +30,12 @@ Columns = list[tuple[str, Cell]]
 
 
 def command_line(program: str) -> str:
-    """The command that is running, as a reader would type it; where its results go is left out."""
+    """The command that is running, as a reader would type it; where its results go and data lie is left out."""
     context = click.get_current_context(silent=True)
     words = program.split()
     for parameter in context.command.params if context else []:
         source = context.get_parameter_source(parameter.name)
-        if parameter.name != "out" and source is ParameterSource.COMMANDLINE:
+        if parameter.name not in ("out", "data") and source is ParameterSource.COMMANDLINE:
             value = context.params[parameter.name]
             for one in value if parameter.multiple else [value]:
                 words += [parameter.opts[0], *map(str, one if isinstance(one, tuple) else (one,))]

