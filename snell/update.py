@@ -101,3 +101,7 @@ class Activations(NamedTuple):
     def t(self) -> Activations:
         """Those of G^T."""
         return Activations(self.x, self.grad_y)
+
+    def product(self) -> Tensor:
+        """G."""
+        return self.grad_y @ self.x.t()

@@ -1,9 +1,9 @@
 """Selective freezing (SAFE) beside the same run without it: memory, products and time over training, and accuracy.
 
-SNELL and LoRA tune the demonstration's network for its target domain. The two runs take turns step by step, from one start and on the same batches. What
-the checks cost is shown beside the time of the steps: it does not grow with the length of a training. Memory is what a
-step keeps for backward, gradients and the optimizer's state. FLOPs are those of a step's products of matrices, where
-SNELL's gradients of kept entries count as a whole product.
+SNELL and LoRA tune the demonstration's network for its target domain. The two runs take turns step by step, from one
+start and on the same batches. What the checks cost is shown beside the time of the steps: it does not grow with the
+length of a training. Memory is what a step keeps for backward, gradients and the optimizer's state. FLOPs are those of
+a step's products of matrices, where SNELL's gradients of kept entries count as a whole product.
 
 The paper's abstract (arXiv 2412.03587) says -42.85 % memory, -34.59 % computation and -11.82 % time.
 """

@@ -51,8 +51,7 @@ class Backend(ABC):
         """Add the gradients from ``G [m, n]`` (dY^T X) to ``grads``.
 
         The same pass writes weight + dW into ``merged``, if given. ``merged`` may be G itself. A start is constant: it
-        changes ``merged`` alone. Only a backend that returns activations from :meth:`factor_grad_of_tokens` has to
-        accept them.
+        changes ``merged`` alone.
         """
 
     def prepare(self, update: Update) -> Update:

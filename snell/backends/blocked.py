@@ -12,7 +12,7 @@ from torch import Tensor
 
 from snell.backends.base import Backend
 from snell.reference import gate_values, kernel_matrix
-from snell.update import Gradients, Update
+from snell.update import Activations, Gradients, Update
 
 #: Most entries of K in a tile times the rank: the reference's dot stores that many products.
 TILE_PRODUCTS = 2**21
@@ -29,8 +29,15 @@ class BlockedBackend(Backend):
 
     @torch.no_grad()
     def factor_grad(
-        self, G: Tensor, update: Update, grads: Gradients, weight: Tensor | None = None, merged: Tensor | None = None
+        self,
+        G: Tensor | Activations,
+        update: Update,
+        grads: Gradients,
+        weight: Tensor | None = None,
+        merged: Tensor | None = None,
     ) -> None:
+        if isinstance(G, Activations):
+            G = G.product()
         for i, j in _tiles(update):
             gates, delta = _delta(update, i, j)
             H = torch.where(gates == 0, 0, G[i, j].to(gates.dtype) * gates)

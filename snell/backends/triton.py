@@ -14,7 +14,7 @@ from snell.backends.base import Backend
 from snell.kernels import factor_grad, few_tokens, launch, merge, red, selection
 from snell.kernels.fingerprint import verify
 from snell.spec import Spec
-from snell.update import Gradients, Parameters, Update
+from snell.update import Activations, Gradients, Parameters, Update
 
 
 class TritonBackend(Backend):
@@ -32,8 +32,15 @@ class TritonBackend(Backend):
         merge.merge(update, weight, out)
 
     def factor_grad(
-        self, G: Tensor, update: Update, grads: Gradients, weight: Tensor | None = None, merged: Tensor | None = None
+        self,
+        G: Tensor | Activations,
+        update: Update,
+        grads: Gradients,
+        weight: Tensor | None = None,
+        merged: Tensor | None = None,
     ) -> None:
+        if isinstance(G, Activations):
+            G = G.product()
         if merged is None or update.start is None:
             factor_grad.factor_grad(G, update, grads, weight, merged)
         else:  # beside the two products, the start's factors would spill

@@ -80,7 +80,7 @@ class Off(BlockedBackend):
 
     def factor_grad(self, G, update, grads, weight=None, merged=None):
         of_tokens = isinstance(G, Activations)
-        super().factor_grad(G.grad_y @ G.x.T if of_tokens else G, update, grads, weight, merged)
+        super().factor_grad(G, update, grads, weight, merged)
         self.scale("factor_grad_of_tokens" if of_tokens else "factor_grad", **grads._asdict())
 
     def few_tokens(self, x, weight, bias, update):
