@@ -179,6 +179,29 @@ Bracket<T> bracket(const Operand<T>& u, int64_t k) {
   return {lo, hi, 2 * margin};
 }
 
+// The k-th smallest (k from 1), in any order of `values`. Counting in buckets first leaves few values to order.
+template <class T>
+T ranked(std::vector<T>& values, int64_t k) {
+  constexpr int BUCKETS = 1024;
+  const auto [lo, hi] = std::minmax_element(values.begin(), values.end());
+  const T low = *lo, scale = (BUCKETS - 1) / (*hi - low);
+  size_t kept = values.size();
+  if (kept > BUCKETS && std::isfinite(scale)) {
+    auto bucket = [=](T value) { return int((value - low) * scale); };  // monotonic, so buckets are in order
+    int64_t counts[BUCKETS] = {};
+    for (T value : values) ++counts[bucket(value)];
+    int b = 0;
+    for (; k > counts[b]; ++b) k -= counts[b];
+    kept = 0;
+    for (T value : values) {  // no branch, which would be hard to predict
+      values[kept] = value;
+      kept += bucket(value) == b;
+    }
+  }
+  std::nth_element(values.begin(), values.begin() + (k - 1), values.begin() + kept);
+  return values[k - 1];
+}
+
 }  // namespace
 
 template <class KF, class T>
@@ -205,8 +228,7 @@ struct Select {
       inside = {};
       *static_cast<T*>(tau) = radix_select<KF>(u, k);
     } else {
-      std::nth_element(inside.begin(), inside.begin() + (k - 1), inside.end());
-      *static_cast<T*>(tau) = inside[k - 1];
+      *static_cast<T*>(tau) = ranked(inside, k);
     }
   }
 };

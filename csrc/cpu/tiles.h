@@ -89,7 +89,12 @@ struct Operand {
       for (int64_t c = 0; c < valid; ++c) {
         const T* from = A + (first + c) * rank;
         for (int64_t k = 0; k < rank; ++k) to[k * TILE<T> + c] = from[k];
-        for (int p = 0; expands && p < groups; ++p) to[(rank + p) * TILE<T> + c] = quarter_norm(from + p * width, width);
+      }
+      for (int p = 0; expands && p < groups; ++p) {  // as quarter_norm, for a whole panel
+        double sums[TILE<T>] = {};
+        for (int64_t k = int64_t(p) * width; k < int64_t(p + 1) * width; ++k)
+          for (int c = 0; c < TILE<T>; ++c) sums[c] += double(to[k * TILE<T> + c]) * double(to[k * TILE<T> + c]);
+        for (int c = 0; c < TILE<T>; ++c) to[(rank + p) * TILE<T> + c] = T(sums[c] / 4);
       }
     }
     if (!expands) return;
