@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 
 #: What the name of a results file may end in: where it was measured, or on which data.
-ENDINGS = "-(cpu|cuda|xeon|wordnet|debian|fashion)$"
+ENDINGS = "-(cpu|cuda|epyc|wordnet|debian|fashion)$"
 
 
 def pages() -> list[Path]:

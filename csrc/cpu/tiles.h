@@ -22,8 +22,9 @@ constexpr int COLUMNS = 2;
 template <class T>
 constexpr int TILE = COLUMNS * LANES<T>;  // columns of K in a tile
 
-// Bytes of packed A in a chunk. A sweep reads the chunk again for each group of rows, so it has to fit in the L1 cache.
-constexpr int64_t CHUNK_BYTES = 32 * 1024;
+// Bytes of packed A in a chunk. A sweep reads the chunk again for each group of rows, from the second-level cache: in the
+// first level the pieces of W0 that it touches would be too short to stream.
+constexpr int64_t CHUNK_BYTES = 96 * 1024;
 
 // How many rows ahead to prefetch: a few microseconds of work, far more than the memory's latency.
 constexpr int64_t AHEAD = 2 * ROWS;
