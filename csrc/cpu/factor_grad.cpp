@@ -186,7 +186,6 @@ struct FactorGradBody {
     if (lanes >= LANES<T>) return store(to, load(to) + total);
     for (int l = 0; l < lanes; ++l) to[l] += total[l];
   }
-
 };
 
 template <class KF, class T>
@@ -209,8 +208,7 @@ struct FactorGrad {
     }
     const int num_theta = KF::scalars * u.groups;
     std::vector<std::vector<double>> theta_parts(u.threads, std::vector<double>(num_theta));
-    const SnellMatrix& storage_of = merged->data ? *merged : *G;
-    with_storage<T>(storage_of, G->data && G->dtype != storage_of.dtype ? *G : *weight, [&](auto storage) {
+    with_storage<T>({G, weight, merged}, [&](auto storage) {
 #pragma omp parallel num_threads(u.threads) if (u.threads > 1)
       {
         int t = omp_get_thread_num(), team = omp_get_num_threads();

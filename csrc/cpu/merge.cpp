@@ -38,7 +38,7 @@ struct Merge {
                   const SnellMatrix* out) {
     Operand<T> u(update, KF::grouped, KF::distance);
     std::optional<Operand<T>> first = start_operand<KF, T>(start);
-    with_storage<T>(*out, *weight, [&](auto storage) {
+    with_storage<T>({out, weight}, [&](auto storage) {
 #pragma omp parallel num_threads(u.threads) if (u.threads > 1)
       {
         MergeBody<KF, T, storage> body{u, first ? &*first : nullptr, *weight, *out};

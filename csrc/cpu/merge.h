@@ -52,10 +52,14 @@ SNELL_INLINE void write_merged(const SnellMatrix& out, const SnellMatrix& weight
   store_as<T>(out.data, row * out.stride + column, STORAGE == ANY ? out.dtype : STORAGE, count, delta);
 }
 
-// Run f with the matrices' common dtype as a constant where it is a usual one.
+// Run f with the common dtype of the matrices that are there as a constant, where it is a usual one.
 template <class T, class Function>
-void with_storage(const SnellMatrix& out, const SnellMatrix& weight, Function f) {
-  const int dtype = !weight.data || weight.dtype == out.dtype ? out.dtype : ANY;
+void with_storage(std::initializer_list<const SnellMatrix*> matrices, Function f) {
+  int dtype = ANY;
+  for (const SnellMatrix* matrix : matrices) {
+    if (matrix->data && dtype != ANY && dtype != matrix->dtype) return f(std::integral_constant<int, ANY>());
+    if (matrix->data) dtype = matrix->dtype;
+  }
   if (sizeof(T) == 4 && dtype == SNELL_F32) return f(std::integral_constant<int, SNELL_F32>());
   if (sizeof(T) == 4 && dtype == SNELL_BF16) return f(std::integral_constant<int, SNELL_BF16>());
   f(std::integral_constant<int, ANY>());
