@@ -52,13 +52,12 @@ INSERTIONS = (
     Insertion(
         "csrc/cpu/kappa.h",
         "struct Rbf :",
-        """struct Laplacian : Distance {
+        """struct Laplacian : Norm {
   static constexpr bool grouped = false;
   static constexpr int scalars = 3;
   template <class T, class V>
-  static SNELL_INLINE V add_group(const T* theta, int, V& statistic, V) {
-    statistic = sqrt(statistic);
-    return fma(splat(theta[0]), exp(-theta[1] * statistic), splat(theta[2]));
+  static SNELL_INLINE V add_group(const T* theta, int, V norm, V) {
+    return fma(splat(theta[0]), exp(-theta[1] * norm), splat(theta[2]));
   }
   template <class T>
   static SNELL_INLINE Vec<T> slope(const T* theta, int, Vec<T> norm, Vec<T> H, Vec<T>* dtheta) {

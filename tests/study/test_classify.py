@@ -145,7 +145,10 @@ def test_a_second_study_of_the_same_file_is_refused(tmp_path):
 
 
 def test_missing_data_say_what_to_install(folder, tmp_path):
-    result = CliRunner().invoke(main, command(tmp_path, tmp_path)[:4])
+    (tmp_path / "wordnet").mkdir()
+    words = command(tmp_path, tmp_path)
+    words[words.index("--checkpoint") + 1] = str(folder / "checkpoint")
+    result = CliRunner().invoke(main, words)
     assert result.exit_code == 1
     assert "wordnet-base" in result.output
 
