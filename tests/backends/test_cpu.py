@@ -62,11 +62,13 @@ def test_gradients_from_tokens_match_the_reference(eager, dtype, tolerance, kern
         assert ((grad - start) - want).norm() <= tolerance * want.norm() + tolerance, name
 
 
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("tokens", [1, 15, 64, 65])
-def test_a_layer_gives_the_gradients_it_gives_with_G(eager, monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+def test_a_layer_gives_the_gradients_it_gives_with_G(eager, monkeypatch, tokens: int, transposed: bool) -> None:
     m, n = 70, 45
     A, B, theta = (t.requires_grad_() for t in _update(m, n, 16, "piecewise_linear", 2, torch.float64, 0.9)[:3])
-    weight = torch.randn(m, n, dtype=torch.float64)
+    # Conv1D stores its weight transposed, and W0 + dW is written as the weight is.
+    weight = torch.randn(n, m, dtype=torch.float64).t() if transposed else torch.randn(m, n, dtype=torch.float64)
     x = torch.randn(tokens, n, dtype=torch.float64, requires_grad=True)
     grad_y = torch.randn(tokens, m, dtype=torch.float64)
     calls = []
