@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import click
+from peft import get_peft_model
 from torch import nn
 
-from snell.bench.contenders import ADAPT, probe
+from snell.bench.contenders import ADAPT, probe, targets
+from snell.peft import RedConfig
 
 #: The learning rates that may be tried.
 GRID = tuple(float(f"{digit}e{power}") for power in range(-6, 1) for digit in (1, 2, 5))
@@ -30,6 +32,7 @@ KNOWN = {
     "rslora": Known("rsLoRA", 5e-4),
     "dora": Known("DoRA", 1e-3),
     "shira": Known("SHiRA", 1e-3),
+    "red": Known("RED", 1e-3),
 }
 #: The lowest for SNELL's hard gate, which starts smaller at its own scale and takes larger rates.
 LOWEST_OF_HARD = 2e-3
@@ -50,6 +53,7 @@ PLAN = (
     "dora",
     "rslora",
     "shira",
+    "red",
     "probe",
 )
 
@@ -106,8 +110,8 @@ def parse(text: str) -> Method:
     return Method(name, tuple(sorted(settings)))
 
 
-def adapt(model: nn.Module, method: Method, rank: int) -> nn.Module:
-    """``model`` with the method's parameters trainable, and its ``head``."""
+def adapt(model: nn.Module, method: Method, rank: int, draw: int) -> nn.Module:
+    """``model`` with the method's parameters trainable, and its ``head``. RED has no rank."""
     settings = dict(method.settings)
     match method.name:
         case "probe":
@@ -115,7 +119,11 @@ def adapt(model: nn.Module, method: Method, rank: int) -> nn.Module:
         case "full":
             return ADAPT["full"](model, rank)
         case "snell":
-            settings = {"scale": None, **settings}
+            seed = {"init_seed": draw} if settings.get("init_weights") == "identity" else {}
+            settings = {"scale": None, **seed, **settings}
+        case "red":
+            config = RedConfig(target_modules=set(targets(model)), modules_to_save=["head"], **settings)
+            return get_peft_model(model, config)
         case "lora" | "dora" | "rslora":
             settings = {"lora_alpha": 2 * rank, "use_rslora": method.name == "rslora", **settings}
     name = {"rslora": "lora"}.get(method.name, method.name)

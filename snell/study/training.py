@@ -50,7 +50,7 @@ def built(backbone: nn.Module, classes: int, method: Method, rank: int, draw: in
     torch.manual_seed(draw)
     model = Classifier(copy.deepcopy(backbone), classes)
     torch.manual_seed(draw)
-    return adapt(model, method, rank)
+    return adapt(model, method, rank, draw)
 
 
 def _optimizer(model: nn.Module, method: Method, rate: float) -> torch.optim.Optimizer:

@@ -188,7 +188,7 @@ def test_methods_start_from_the_same_head_and_train_as_many_parameters(task):
     backbone = task.backbone()
     models = {
         name: built(backbone, 2, parse(name), 2, draw=5)
-        for name in ("lora", "rslora", "shira", "snell", "snell:sparsity=0,gate=hard", "dora", "full", "probe")
+        for name in ("lora", "rslora", "shira", "snell", "snell:sparsity=0,gate=hard", "dora", "full", "red", "probe")
     }
     heads = [
         next(p for name, p in model.named_parameters() if p.requires_grad and "head" in name and p.ndim == 2)
@@ -201,11 +201,19 @@ def test_methods_start_from_the_same_head_and_train_as_many_parameters(task):
     assert of_lora == counts["probe"] + sum(2 * (m.in_features + m.out_features) for m in linears)
     assert all(counts[name] == of_lora for name in ("rslora", "shira", "snell", "snell:sparsity=0,gate=hard"))
     assert counts["dora"] == of_lora + sum(m.out_features for m in linears)
+    assert counts["red"] == counts["probe"] + sum(2 * m.out_features for m in linears)
     settings = {name: models[name].peft_config["default"] for name in ("lora", "rslora", "dora")}
     assert all((config.r, config.lora_alpha) == (2, 4) for config in settings.values())
     assert [name for name, config in settings.items() if config.use_rslora] == ["rslora"]
     assert [name for name, config in settings.items() if config.use_dora] == ["dora"]
     assert counts["full"] == sum(p.numel() for p in models["full"].parameters())
+
+
+def test_an_identity_start_is_drawn_anew_in_every_draw(task):
+    models = [built(task.backbone(), 2, parse("snell:init_weights=identity"), 2, draw) for draw in (5, 5, 6)]
+    factors = [[p for name, p in model.named_parameters() if "snell_A" in name] for model in models]
+    assert factors[0] and all(map(torch.equal, factors[0], factors[1]))
+    assert not any(map(torch.equal, factors[0], factors[2]))
 
 
 class MadeUp(Comparison):
