@@ -22,11 +22,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import Parameter
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from snell import blocks, competition
 from snell.blocks import Needs
+from snell.dispatch import nothing_listens
 from snell.spec import Spec
 from snell.update import Update
 
@@ -152,26 +151,9 @@ def _no_second_order(ctx, *grads):
 torch.library.register_autograd("snell::merge_backward", _no_second_order)
 
 
-def _nothing_listens(lead: Tensor) -> bool:
-    """Whether the dispatcher may be skipped: plain tensors, no dispatch mode, no compiling or tracing.
-
-    Raises:
-        NotImplementedError: inside a transform of torch.func.
-    """
-    if torch._C._are_functorch_transforms_active():
-        raise NotImplementedError("snell does not work under torch.func (vmap, grad, jvp ...); use torch.autograd")
-    return (
-        type(lead) in (Tensor, Parameter)
-        and not lead.is_meta
-        and not is_in_torch_dispatch_mode()
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-    )
-
-
 def select_threshold(A: Tensor, B: Tensor, theta: Tensor, spec: Spec) -> Tensor:
     """``snell::select_threshold``; called directly if nothing else listens, which saves the dispatch."""
-    if _nothing_listens(A):
+    if nothing_listens(A):
         return competition.select(A, B, theta, spec)
     return torch.ops.snell.select_threshold.default(A, B, theta, spec.sparsity, spec.kernel, spec.groups)
 
@@ -182,7 +164,7 @@ def merge(weight: Tensor | None, update: Update) -> Tensor:
 
 
 def _forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, update: Update) -> Tensor:
-    if _nothing_listens(x):
+    if nothing_listens(x):
         return blocks.linear_forward(x, weight, bias, update)
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.snell.linear.default(x, weight, bias, *_flat(update))
@@ -209,7 +191,7 @@ def _linear_gradients(ctx, grad_y):
     update = Update(A, B, theta, tau, ctx.spec, ctx.start)
     need_x, need_weight, need_bias, need_A, need_B, need_theta = ctx.needs_input_grad[:6]
     needs = Needs(need_x, need_weight, need_bias, need_A or need_B or need_theta)
-    if _nothing_listens(grad_y):
+    if nothing_listens(grad_y):
         found = blocks.linear_backward(grad_y, x, weight, update, needs)
     else:
         with torch._C._AutoDispatchBelowAutograd():

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from snell import backends
+from snell.dispatch import nothing_listens
 
 __all__ = ["edit"]
 
@@ -51,25 +52,45 @@ def _(grad, u, scaling, needs):
     return [torch.empty_like(t, memory_format=contiguous) for t, need in zip(likes, needs, strict=True) if need]
 
 
-def _setup(ctx, inputs, output):
-    u, scaling, _ = inputs
-    ctx.save_for_backward(u if ctx.needs_input_grad[1] else None, scaling)
-
-
-def _gradients(ctx, grad):
-    needs = ctx.needs_input_grad
-    found = iter(torch.ops.snell.edit_backward.default(grad, *ctx.saved_tensors, list(needs)))
-    return tuple(next(found) if need else None for need in needs)
-
-
 def _no_second_order(ctx, *grads):
     raise RuntimeError("snell's edit is differentiable once: use snell.reference.edit for second derivatives")
 
 
-torch.library.register_autograd("snell::edit", _gradients, setup_context=_setup)
 torch.library.register_autograd("snell::edit_backward", _no_second_order)
 
 
+def _forward(u, scaling, bias):
+    if nothing_listens(u):
+        return _edit(u, scaling, bias)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.snell.edit.default(u, scaling, bias)
+
+
+class _Edit(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, u, scaling, bias):
+        ctx.save_for_backward(u if ctx.needs_input_grad[1] else None, scaling)
+        return _forward(u, scaling, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        needs = list(ctx.needs_input_grad)
+        direct = nothing_listens(grad) and not torch.is_grad_enabled()
+        backward = _edit_backward if direct else torch.ops.snell.edit_backward.default
+        found = iter(backward(grad, *ctx.saved_tensors, needs))
+        return tuple(next(found) if need else None for need in needs)
+
+
+def _autograd(u: Tensor, scaling: Tensor, bias: Tensor) -> Tensor:
+    if torch.is_grad_enabled() and (u.requires_grad or scaling.requires_grad or bias.requires_grad):
+        return _Edit.apply(u, scaling, bias)
+    return _forward(u, scaling, bias)
+
+
 def edit(u: Tensor, scaling: Tensor, bias: Tensor) -> Tensor:
-    """``snell::edit``."""
-    return torch.ops.snell.edit.default(u, scaling, bias)
+    """``snell::edit``; its function is called directly unless compiling, which saves the dispatch."""
+    return (torch.ops.snell.edit.default if torch.compiler.is_compiling() else _autograd)(u, scaling, bias)
+
+
+# Not by register_autograd, whose kernel parses the schema in every call.
+_LIBRARY.impl("edit", _autograd, "Autograd")

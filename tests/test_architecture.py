@@ -23,6 +23,7 @@ FLOORS = (
     ("snell.backends",),
     ("snell.blocks",),
     ("snell.competition",),
+    ("snell.dispatch",),
     ("snell.ops", "snell.red"),
     ("snell.functional",),
     ("snell.initial", "snell.merging", "snell.distributed"),

@@ -122,7 +122,7 @@ def adapt(model: nn.Module, method: Method, rank: int, draw: int) -> nn.Module:
             seed = {"init_seed": draw} if settings.get("init_weights") == "identity" else {}
             settings = {"scale": None, **seed, **settings}
         case "red":
-            config = RedConfig(target_modules=set(targets(model)), modules_to_save=["head"], **settings)
+            config = RedConfig(target_modules=targets(model), modules_to_save=["head"], **settings)
             return get_peft_model(model, config)
         case "lora" | "dora" | "rslora":
             settings = {"lora_alpha": 2 * rank, "use_rslora": method.name == "rslora", **settings}

@@ -212,7 +212,8 @@ def test_methods_start_from_the_same_head_and_train_as_many_parameters(task):
 def test_an_identity_start_is_drawn_anew_in_every_draw(task):
     models = [built(task.backbone(), 2, parse("snell:init_weights=identity"), 2, draw) for draw in (5, 5, 6)]
     factors = [[p for name, p in model.named_parameters() if "snell_A" in name] for model in models]
-    assert factors[0] and all(map(torch.equal, factors[0], factors[1]))
+    assert factors[0]
+    assert all(map(torch.equal, factors[0], factors[1]))
     assert not any(map(torch.equal, factors[0], factors[2]))
 
 
