@@ -62,6 +62,11 @@ def _several(name: str, into: str, text: str, **more: Any) -> Any:
     return click.option(name, into, multiple=True, help=f"{text} May be repeated.", **more)
 
 
+data_option = _several(
+    "--data", "data", "Where a task's data lie, as wordnet=FOLDER.", callback=_paths, metavar="TASK=PATH"
+)
+
+
 @click.command(help=HELP)
 @_several("--tasks", "tasks", "Which data.", type=click.Choice(list(TASKS)), default=("wordnet",), show_default=True)
 @_several(
@@ -77,7 +82,7 @@ def _several(name: str, into: str, text: str, **more: Any) -> Any:
 @_one("--error", click.FloatRange(0), 0.3, "Draws end when the difference's standard error, in points, is below.")
 @_one("--threads", _COUNT, 1, "Threads of this process.")
 @_one("--max-minutes", click.FloatRange(0), None, "Start no run after so many minutes of processor time.")
-@_several("--data", "data", "Where a task's data lie, as wordnet=FOLDER.", callback=_paths, metavar="TASK=PATH")
+@data_option
 @out_option
 def main(out: Path, **settings: Any) -> None:
     from snell.study.classify import run

@@ -53,7 +53,8 @@ def built(backbone: nn.Module, classes: int, method: Method, rank: int, draw: in
     return adapt(model, method, rank, draw)
 
 
-def _optimizer(model: nn.Module, method: Method, rate: float) -> torch.optim.Optimizer:
+def optimizer_of(model: nn.Module, method: Method, rate: float) -> torch.optim.Optimizer:
+    """AdamW on what is trained; the head has a rate of its own."""
     named = [(name.split("."), p) for name, p in model.named_parameters() if p.requires_grad]
     head_rate = rate if method.name == "probe" else HEAD_RATE
     groups = [
@@ -93,7 +94,7 @@ def train_and_judge(
     data = task.draw(draw, setting.labels, setting.per_class, setting.steps, BATCH, judge)
     # Dropout would draw other numbers with other methods.
     model = built(backbone, task.classes, method, setting.rank, draw).eval()
-    optimizer = _optimizer(model, method, rate)
+    optimizer = optimizer_of(model, method, rate)
     batches = ((task.inputs(examples), task.labels[examples]) for examples in data.order.split(BATCH))
     seconds = fit(model, optimizer, cosine(optimizer, setting.steps), batches)
     return {
