@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 
 #: What the name of a results file may end in: where it was measured, or on which data.
-ENDINGS = "-(cpu|cuda|epyc|wordnet|debian|fashion)$"
+ENDINGS = "-(cpu|cuda|epyc|(wordnet|debian|fashion)(-[a-z-]+)?)$"
 
 
 def pages() -> list[Path]:
@@ -33,7 +33,7 @@ def pages() -> list[Path]:
 def module_of(name: str) -> Any:
     """The module whose ``report``, ``brief`` and ``draw`` show a results file."""
     commands = {key: module for rows in (COMMANDS | BENCHMARKS).values() for key, (module, _) in rows.items()}
-    commands |= {"classify": "snell.study.classify", "dynamics": "snell.study.dynamics"}
+    commands |= {name: f"snell.study.{name}" for name in ("classify", "curve", "dynamics")}
     return importlib.import_module(commands.get(re.sub(ENDINGS, "", name), "snell.bench.report"))
 
 

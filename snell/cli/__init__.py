@@ -64,6 +64,7 @@ BENCHMARKS = {
 STUDIES = {
     "Studies": {
         "classify": ("snell.study.command", "Methods of fine-tuning on real data, paired with LoRA draw by draw."),
+        "curve": ("snell.study.command:curve", "The difference from LoRA as one setting varies: rank, labels, depth."),
         "dynamics": ("snell.study.dynamics", "How survivors and gradients move while SNELL trains, by gate and start."),
     },
 }

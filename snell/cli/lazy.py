@@ -15,7 +15,7 @@ Sections = Mapping[str, Mapping[str, tuple[str, str]]]
 
 
 class LazyGroup(click.Group):
-    """A group of the commands in ``sections``. Each module's ``main`` is the command."""
+    """A group of the commands in ``sections``. Each is its module's ``main``, or as ``module:name`` says."""
 
     def __init__(self, *args: Any, sections: Sections, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -32,7 +32,8 @@ class LazyGroup(click.Group):
         if module.startswith("snell.bench"):
             return importlib.import_module("snell.bench.commands").command(cmd_name, module)
         try:
-            command: click.Command = importlib.import_module(module).main
+            module, _, name = module.partition(":")
+            command: click.Command = getattr(importlib.import_module(module), name or "main")
         except ImportError as error:
             self._ask_for_extra(error, ctx, cmd_name)
             raise

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -19,11 +21,44 @@ from snell.study import TASKS, comparison, images, text
 from snell.study.comparison import Comparison
 from snell.study.journal import Journal
 from snell.study.methods import Method
-from snell.study.tasks import Task
 from snell.study.training import BATCH, Setting
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+
+#: A setting, the row of each method, and whether all of them are complete.
+Compared = tuple[Setting, list[dict[str, Any]], bool]
+
+
+def compare(
+    settings: Sequence[Setting],
+    methods: Sequence[Method],
+    *,
+    out: Path,
+    checkpoint: Path | None,
+    data: Mapping[str, Path],
+    draws: int,
+    error: float,
+    threads: int,
+    max_minutes: float | None,
+) -> tuple[Mapping[str, str], list[Compared]]:
+    """Compare the methods in each setting of one task. Returns the task's facts, and what was found."""
+    torch.set_num_threads(threads)
+    quiet_libraries()
+    [name] = {setting.task for setting in settings}
+    runs = len(settings) * len(methods) * (5 + 2 * (len(comparison.CHOOSING) - 1) + draws)
+    deadline = None if max_minutes is None else time.process_time() + 60 * max_minutes
+    found: list[Compared] = []
+    with Journal(out / f"classify-{name}.jsonl") as journal, tqdm(total=runs, unit="run", desc=name) as bar:
+        for depth, group in groupby(settings, lambda setting: setting.layers):
+            if name == "fashion":
+                task = images.load(data.get(name), data.get("fonts"), depth, out / f"glyphs-{depth}.pt")
+            else:
+                task = text.load(name, data.get(name), depth, checkpoint)
+            study = Comparison(task, task.backbone(), journal, bar, deadline, error)
+            found += [(setting, *study.rows(setting, methods, draws)) for setting in group]
+    return task.facts, found
 
 
 def run(
@@ -35,60 +70,41 @@ def run(
     per_class: int | None,
     steps: int,
     layers: int | None,
-    checkpoint: Path | None,
     draws: int,
-    error: float,
-    threads: int,
-    max_minutes: float | None,
-    data: Mapping[str, Path],
+    **how: Any,
 ) -> None:
     """Compare the methods on each task, and publish ``classify-TASK.json``."""
-    torch.set_num_threads(threads)
-    quiet_libraries()
     for name in tasks:
-        with Journal(out / f"classify-{name}.jsonl") as journal:
-            depth = layers or TASKS[name]
-            if name == "fashion":
-                task = images.load(data.get(name), data.get("fonts"), depth, out / f"glyphs-{depth}.pt")
-            else:
-                task = text.load(name, data.get(name), depth, checkpoint)
-            settings = [Setting(name, depth, rank, labels, per_class, steps) for rank in ranks]
-            runs = len(settings) * len(methods) * (5 + 2 * (len(comparison.CHOOSING) - 1) + draws)
-            with tqdm(total=runs, unit="run", desc=name) as bar:
-                seconds = None if max_minutes is None else 60 * max_minutes
-                study = Comparison(task, task.backbone(), journal, bar, seconds, error)
-                results = [(setting, *study.rows(setting, methods, draws)) for setting in settings]
-            publish(
-                out,
-                "classify",
-                sys.modules[__name__],
-                _document(name, task, results, draws),
-                program="snell study classify",
-            )
+        settings = [Setting(name, layers or TASKS[name], rank, labels, per_class, steps) for rank in ranks]
+        facts, results = compare(settings, methods, out=out, draws=draws, **how)
+        document = _document(name, facts, results, draws)
+        publish(out, "classify", sys.modules[__name__], document, program="snell study classify")
 
 
-def _document(
-    name: str, task: Task, results: Sequence[tuple[Setting, list[dict[str, Any]], bool]], draws: int
-) -> dict[str, Any]:
-    setting = results[0][0]
+def shown_settings(facts: Mapping[str, str], setting: Setting, draws: int) -> dict[str, Any]:
+    """What a reader should know of a setting."""
     shown = {"labels": setting.labels or f"{setting.per_class} a class", "steps": setting.steps, "batch": BATCH}
-    shown |= {"draws to choose": len(comparison.CHOOSING), "at most to judge": draws}
+    return {**facts, **shown, "draws to choose": len(comparison.CHOOSING), "at most to judge": draws}
+
+
+def _document(name: str, facts: Mapping[str, str], results: Sequence[Compared], draws: int) -> dict[str, Any]:
     return {
         "file": f"classify-{name}",
         "task": name,
-        "settings": {**task.facts, **shown},
+        "settings": shown_settings(facts, results[0][0], draws),
         "comparisons": [{"rank": s.rank, "complete": whole, "rows": rows} for s, rows, whole in results],
     }
 
 
-def _signed(values: Sequence[float]) -> str:
+def signed(values: Sequence[float]) -> str:
+    """A difference's mean and standard error."""
     return f"{fmean(values):+.2f} ± {standard_error(values):.2f}"
 
 
 COLUMNS: Columns = [
     ("method", "{label}"),
     ("test accuracy, %", lambda row: f"{fmean(row['test']):.2f} ± {standard_error(row['test']):.2f}"),
-    ("difference from LoRA, points", lambda row: _signed(row["difference"]) if "difference" in row else ""),
+    ("difference from LoRA, points", lambda row: signed(row["difference"]) if "difference" in row else ""),
     ("draws", lambda row: str(len(row["test"]))),
     ("learning rate", "{rate:g}"),
     ("trained parameters", "{trained:,}"),

@@ -1,4 +1,4 @@
-"""The command ``snell study classify``. What it runs is imported when it runs."""
+"""The commands ``snell study classify`` and ``snell study curve``. What they run is imported when they run."""
 
 from __future__ import annotations
 
@@ -67,26 +67,76 @@ data_option = _several(
 )
 
 
-@click.command(help=HELP)
-@_several("--tasks", "tasks", "Which data.", type=click.Choice(list(TASKS)), default=("wordnet",), show_default=True)
-@_several(
-    "--methods", "methods", "A method, as lora or snell:sparsity=0.5,gate=hard; all unless given.", callback=_methods
+#: What ``classify`` and ``curve`` share, in the order of their help.
+_SHARED = (
+    _several(
+        "--methods",
+        "methods",
+        "A method, as lora or snell:sparsity=0.5,gate=hard; all unless given.",
+        callback=_methods,
+    ),
+    _one("--steps", _COUNT, 120, "Training steps of every run, of 32 examples each."),
+    _one("--layers", _COUNT, None, "How many of the checkpoint's first layers are used; 3 for text, 4 for images."),
+    click.option("--checkpoint", type=click.Path(path_type=Path, exists=True), help="Another than MiniLM: a folder."),
+    _one("--draws", click.IntRange(2), 10, "The most draws that judge a method."),
+    _one("--error", click.FloatRange(0), 0.3, "Draws end when the difference's standard error, in points, is below."),
+    _one("--threads", _COUNT, 1, "Threads of this process."),
+    _one("--max-minutes", click.FloatRange(0), None, "Start no run after so many minutes of processor time."),
+    data_option,
+    out_option,
 )
-@_several("--rank", "ranks", "Columns of the factors.", type=_COUNT, default=(8,), show_default=True)
-@_one("--labels", _COUNT, 3840, "Labels to learn from, in the data's own mixture of classes.")
-@click.option("--labels-a-class", "per_class", type=_COUNT, help="So many labels of each class instead.")
-@_one("--steps", _COUNT, 120, "Training steps of every run, of 32 examples each.")
-@_one("--layers", _COUNT, None, "How many of the checkpoint's first layers are used; 3 for text, 4 for images.")
-@click.option("--checkpoint", type=click.Path(path_type=Path, exists=True), help="Another than MiniLM: a folder.")
-@_one("--draws", click.IntRange(2), 10, "The most draws that judge a method.")
-@_one("--error", click.FloatRange(0), 0.3, "Draws end when the difference's standard error, in points, is below.")
-@_one("--threads", _COUNT, 1, "Threads of this process.")
-@_one("--max-minutes", click.FloatRange(0), None, "Start no run after so many minutes of processor time.")
-@data_option
-@out_option
-def main(out: Path, **settings: Any) -> None:
+_TASKS = click.Choice(list(TASKS))
+_LABELS = _one("--labels", _COUNT, 3840, "Labels to learn from, in the data's own mixture of classes.")
+_PER_CLASS = click.option("--labels-a-class", "per_class", type=_COUNT, help="So many labels of each class instead.")
+
+
+def study_command(help: str, *own: Any) -> Any:
+    """A command of these options of its own and those that studies share; ``labels`` or ``per_class`` is None."""
+
+    def make(function: Any) -> click.Command:
+        def call(labels: int, per_class: int | None, **settings: Any) -> None:
+            function(labels=None if per_class is not None else labels, per_class=per_class, **settings)
+
+        for option in reversed((*own, _LABELS, _PER_CLASS, *_SHARED)):
+            call = option(call)
+        return click.command(help=help)(call)
+
+    return make
+
+
+@study_command(
+    HELP,
+    _several("--tasks", "tasks", "Which data.", type=_TASKS, default=("wordnet",), show_default=True),
+    _several("--rank", "ranks", "Columns of the factors.", type=_COUNT, default=(8,), show_default=True),
+)
+def main(**settings: Any) -> None:
     from snell.study.classify import run
 
-    if settings["per_class"] is not None:
-        settings["labels"] = None
-    run(out, **settings)
+    run(**settings)
+
+
+HELP_OF_CURVE = """Shows the difference from LoRA as one setting varies and all others stay.
+
+    snell study curve --over rank 1 2 8 32
+
+Each value is compared as snell study classify compares methods, in the same journal: what either has run, the other
+need not run again.
+"""
+
+
+@study_command(
+    HELP_OF_CURVE,
+    click.option(
+        "--over",
+        type=click.Choice(("rank", "labels", "per-class", "layers", "steps")),
+        required=True,
+        help="What varies; VALUES are its own.",
+    ),
+    click.argument("values", type=_COUNT, nargs=-1, required=True),
+    _one("--task", _TASKS, "wordnet", "Which data."),
+    _one("--rank", _COUNT, 8, "Columns of the factors."),
+)
+def curve(**settings: Any) -> None:
+    from snell.study.curve import run
+
+    run(**settings)

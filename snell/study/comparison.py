@@ -44,11 +44,8 @@ class Comparison:
     backbone: nn.Module
     journal: Journal
     bar: tqdm
-    max_seconds: float | None = None
+    deadline: float | None = None  # in this process's processor time: no run starts after it
     error: float = 0.3  # in points: draws end when the difference from LoRA has a smaller standard error
-
-    def __post_init__(self) -> None:
-        self.started = time.process_time()
 
     def run(self, setting: Setting, method: Method, rate: float, draw: int, part: str) -> dict[str, Any]:
         """The result of a run, from the journal where it is there.
@@ -60,7 +57,7 @@ class Comparison:
         key = {"version": VERSION, **asdict(setting), "method": str(method), "rate": rate, "draw": draw, "judge": judge}
         result = self.journal.get(key)
         if result is None:
-            if self.max_seconds is not None and time.process_time() - self.started > self.max_seconds:
+            if self.deadline is not None and time.process_time() > self.deadline:
                 raise OutOfTime
             self.bar.set_postfix_str(f"{method}, rank {setting.rank}, rate {rate:g}, draw {draw}")
             result = train_and_judge(self.task, self.backbone, setting, method, rate, draw, judge)

@@ -25,6 +25,7 @@ DISPATCH = ("tests/backends/test_dispatch.py", "tests/backends/test_workspaces.p
 ERRORS = ("tests/test_spec.py", "tests/test_functional_errors.py", "tests/test_reference.py", "tests/test_precision.py")
 TRITON = ("tests/kernels/test_select.py", "tests/backends/test_triton.py")
 NATIVE = (*OPERATIONS[:2], *COMPETITION, "tests/test_native.py")
+EDITS = ("tests/backends/test_edit.py", "tests/peft/test_red_layer.py", "tests/test_functional_errors.py")
 ON_TRITON = "not blocked and not cpu"
 
 GROUPS = (
@@ -48,4 +49,9 @@ GROUPS = (
     Group(("kernels/merge.py", "kernels/kappa.py", "kernels/factor_grad.py", "kernels/few_tokens.py",
            "kernels/launch.py"), 4, (*OPERATIONS, *TRITON[1:]), ON_TRITON, True),
     Group(("snell/competition/processes.py", "snell/distributed.py"), 5, ("tests/distributed",)),
+    Group(("csrc/cpu/red.cpp", "snell/red.py", "snell/dispatch.py"), 6, EDITS, "not blocked"),
+    Group(("snell/peft/red/layer.py",), 8, (*EDITS, "tests/peft/test_red_model.py")),
+    Group(("snell/training/adapters.py", "snell/training/cka.py", "snell/training/folding.py",
+           "snell/training/freezing.py", "snell/training/prefix.py", "snell/training/schedule.py"), 5,
+          ("tests/training",)),
 )  # fmt: skip
