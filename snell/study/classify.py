@@ -40,6 +40,7 @@ def compare(
     data: Mapping[str, Path],
     draws: int,
     error: float,
+    finer: bool,
     threads: int,
     max_minutes: float | None,
 ) -> tuple[Mapping[str, str], list[Compared]]:
@@ -47,7 +48,11 @@ def compare(
     torch.set_num_threads(threads)
     quiet_libraries()
     [name] = {setting.task for setting in settings}
-    runs = len(settings) * len(methods) * (5 + 2 * (len(comparison.CHOOSING) - 1) + draws)
+    runs = (
+        len(settings)
+        * len(methods)
+        * (5 + 2 * (len(comparison.CHOOSING) - 1) + finer * 2 * len(comparison.CHOOSING) + draws)
+    )
     deadline = None if max_minutes is None else time.process_time() + 60 * max_minutes
     found: list[Compared] = []
     with Journal(out / f"classify-{name}.jsonl") as journal, tqdm(total=runs, unit="run", desc=name) as bar:
@@ -56,7 +61,7 @@ def compare(
                 task = images.load(data.get(name), data.get("fonts"), depth, out / f"glyphs-{depth}.pt")
             else:
                 task = text.load(name, data.get(name), depth, checkpoint)
-            study = Comparison(task, task.backbone(), journal, bar, deadline, error)
+            study = Comparison(task, task.backbone(), journal, bar, deadline, finer, error)
             found += [(setting, *study.rows(setting, methods, draws)) for setting in group]
     return task.facts, found
 

@@ -80,6 +80,7 @@ _SHARED = (
     click.option("--checkpoint", type=click.Path(path_type=Path, exists=True), help="Another than MiniLM: a folder."),
     _one("--draws", click.IntRange(2), 10, "The most draws that judge a method."),
     _one("--error", click.FloatRange(0), 0.3, "Draws end when the difference's standard error, in points, is below."),
+    click.option("--finer", is_flag=True, help="Try two rates more, between the best and its neighbours."),
     _one("--threads", _COUNT, 1, "Threads of this process."),
     _one("--max-minutes", click.FloatRange(0), None, "Start no run after so many minutes of processor time."),
     data_option,

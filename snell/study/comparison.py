@@ -45,6 +45,7 @@ class Comparison:
     journal: Journal
     bar: tqdm
     deadline: float | None = None  # in this process's processor time: no run starts after it
+    finer: bool = False  # whether two rates between the best and its neighbours are tried as well
     error: float = 0.3  # in points: draws end when the difference from LoRA has a smaller standard error
 
     def run(self, setting: Setting, method: Method, rate: float, draw: int, part: str) -> dict[str, Any]:
@@ -68,12 +69,13 @@ class Comparison:
     def choose(self, setting: Setting, method: Method) -> tuple[float, dict[float, list[float]]]:
         """The rate of the best mean validation accuracy, and the accuracies of all that were tried.
 
-        Five rates are tried, and more until the best has a tried one on both sides.
+        Five rates are tried, and more until the best has a tried one on both sides; then, where ``finer`` says so, the
+        two between.
         """
         found: dict[float, list[float]] = {}
-        untried: Sequence[float] = method.first_rates
-        while untried:
-            for rate in untried:
+
+        def best_of(rates: Sequence[float]) -> float:
+            for rate in rates:
                 found[rate] = [self.run(setting, method, rate, CHOOSING[0], "validation")["accuracy"]]
             bar = max(first for first, *_ in found.values()) - MARGIN
             for rate, accuracies in found.items():
@@ -82,12 +84,17 @@ class Comparison:
                         self.run(setting, method, rate, draw, "validation")["accuracy"]
                         for draw in CHOOSING[len(accuracies) :]
                     ]
-            best = max(
-                (rate for rate, tried in sorted(found.items()) if len(tried) == len(CHOOSING)),
-                key=lambda rate: fmean(found[rate]),
-            )
+            whole = [rate for rate, tried in sorted(found.items()) if len(tried) == len(CHOOSING)]
+            return max(whole, key=lambda rate: fmean(found[rate]))
+
+        untried: Sequence[float] = method.first_rates
+        while untried:
+            best = best_of(untried)
             position = GRID.index(best)
-            untried = [rate for rate in GRID[max(position - 1, 0) : position + 2] if rate not in found]
+            neighbours = GRID[max(position - 1, 0) : position + 2]
+            untried = [rate for rate in neighbours if rate not in found]
+        if self.finer:
+            best = best_of([float(f"{(best * rate) ** 0.5:.2g}") for rate in neighbours if rate != best])
         return best, dict(sorted(found.items()))
 
     def judge(

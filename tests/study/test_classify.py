@@ -1,6 +1,7 @@
 """The study by its command on tiny data: what is paired, what is disjoint, and what a kill costs."""
 
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -220,12 +221,12 @@ def test_an_identity_start_is_drawn_anew_in_every_draw(task):
 class MadeUp(Comparison):
     """Accuracies with one peak over the rates, and a constant lead on LoRA."""
 
-    def __init__(self, peak, noise=0.0):
-        self.peak, self.noise, self.calls, self.error = peak, noise, [], 0.3
+    def __init__(self, peak, noise=0.0, finer=False):
+        self.peak, self.noise, self.finer, self.calls, self.error = peak, noise, finer, [], 0.3
 
     def run(self, setting, method, rate, draw, part):
         self.calls.append((str(method), rate, draw, part))
-        accuracy = 80 - 3 * abs(GRID.index(rate) - GRID.index(self.peak)) + draw % 3
+        accuracy = 80 - 4 * abs(math.log(rate / self.peak)) + draw % 3
         accuracy += method.name != "lora" and 1 + self.noise * (-1) ** draw
         return {"accuracy": accuracy, "trained": 1, "seconds": 1.0}
 
@@ -238,6 +239,13 @@ def test_rates_are_extended_until_the_best_has_a_neighbour_on_each_side(peak):
     rate, tried = MadeUp(peak).choose(SETTING, Method("lora"))
     assert rate == peak
     assert {GRID[GRID.index(peak) - 1], GRID[GRID.index(peak) + 1]} <= set(tried)
+
+
+@pytest.mark.parametrize(("peak", "between"), [(0.0019, {0.0014, 0.0032}), (0.0034, {0.0032, 0.0071})])
+def test_finer_rates_lie_between_the_best_and_its_neighbours(peak, between):
+    rate, tried = MadeUp(peak, finer=True).choose(SETTING, Method("lora"))
+    assert set(tried) - set(GRID) == between
+    assert rate == min(tried, key=lambda rate: abs(math.log(rate / peak)))
 
 
 def test_draws_end_when_the_error_is_small_and_go_on_when_it_is_not():
