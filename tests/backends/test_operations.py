@@ -13,7 +13,7 @@ from cases import GATES_THAT_COMPETE, KERNELS, LAYOUTS, WEIGHT_DTYPES, Drawn, ca
 from snell import backends, competition, functional
 from snell.spec import GATES, Spec
 from snell.testing.bounds import Expected, assert_within
-from snell.update import Gradients, Update
+from snell.update import Activations, Gradients, Update
 
 ops = torch.ops.snell
 
@@ -411,6 +411,13 @@ def test_gradients_are_finite_where_a_distance_is_zero(backend, kernel):
     update = made_up(kernel, 2, "none", A, B, update.theta, torch.zeros(()))
     G = torch.randn(11, 14)
     assert_gradients(update, factor_grad(update, G), G)
+
+
+def test_activations_stand_for_their_product(backend):
+    update = random_update(11, 14)
+    activations = Activations(torch.randn(11, 16), torch.randn(14, 16))
+    G = activations.grad_y @ activations.x.t()
+    assert_gradients(update, factor_grad(update, activations), G)
 
 
 def test_opcheck(backend):
