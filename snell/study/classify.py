@@ -78,11 +78,13 @@ def run(
     draws: int,
     **how: Any,
 ) -> None:
-    """Compare the methods on each task, and publish ``classify-TASK.json``."""
+    """Compare the methods on each task, and publish ``classify-TASK.json`` or ``classify-TASK-finer.json``."""
     for name in tasks:
         settings = [Setting(name, layers or TASKS[name], rank, labels, per_class, steps) for rank in ranks]
         facts, results = compare(settings, methods, out=out, draws=draws, **how)
         document = _document(name, facts, results, draws)
+        if how["finer"]:
+            document["file"] += "-finer"
         publish(out, "classify", sys.modules[__name__], document, program="snell study classify")
 
 

@@ -139,6 +139,14 @@ def test_out_of_time_it_reports_what_it_has(folder, undisturbed, tmp_path):
     assert not one["complete"]
 
 
+def test_a_finer_study_has_a_results_file_of_its_own(folder, undisturbed, tmp_path):
+    (tmp_path / "classify-wordnet.jsonl").write_text((undisturbed / "classify-wordnet.jsonl").read_text())
+    CliRunner().invoke(main, command(folder, tmp_path, ["lora"], "--finer"), catch_exceptions=False)
+    assert not (tmp_path / "classify-wordnet.json").exists()
+    [one] = json.loads((tmp_path / "classify-wordnet-finer.json").read_text())["comparisons"]
+    assert set(one["rows"][0]["rates"]) - set(GRID)
+
+
 def test_a_second_study_of_the_same_file_is_refused(tmp_path):
     with Journal(tmp_path / "a.jsonl"), pytest.raises(Exception, match="another study is writing"):
         Journal(tmp_path / "a.jsonl")
