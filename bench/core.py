@@ -8,20 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from snell import SnellLinear, backends, functional, native
+from snell import SnellLinear, backends, blocks, functional, native
 from snell.backends import Backend, cpu
-from snell.blocks import block_length
 from snell.competition import forget
 from snell.initial import draw
 from snell.spec import Spec
 from snell.update import Activations, Gradients, Update
 
-__all__ = ["Gradients", "Update", "block_length", "draw", "forget"]
+__all__ = ["Gradients", "Update", "draw", "forget"]
 
 
 def backend(update: Update) -> Backend:
     """What runs the update's block operations."""
     return backends.of(update.A)
+
+
+def block_lengths(tokens: int, m: int, n: int, element_size: int, device: str) -> tuple[int, int]:
+    """Rows of the longest block of forward, columns of backward's."""
+    place = tokens, m, n, element_size, torch.device(device)
+    return blocks.longest(blocks.row_lengths(*place)), blocks.longest(blocks.column_lengths(*place))
 
 
 def of_layer(layer: SnellLinear) -> Update:

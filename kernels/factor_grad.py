@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from snell import waves
 from snell.kernels import launch, rectangles
 from snell.kernels.kappa import gate_value, kernel_value, pair_statistic, pair_statistics, statistic_slope, theta_slope
 from snell.kernels.merge import add_update, tile_pointers
@@ -241,7 +242,7 @@ def factor_grad(
     A, B = launch.k_major(A), launch.k_major(B)
     if not (grads.A.is_contiguous() and grads.B.is_contiguous()):
         raise ValueError("grad_A and grad_B must be contiguous")
-    plan = rectangles.plan(m, n, rank, row, launch.num_processors(G.device), rectangles.budget(G))
+    plan = rectangles.plan(m, n, rank, row, waves.num_processors(G.device), rectangles.budget(G))
     for start in range(0, m, plan.height):
         stop = min(start + plan.height, m)
         rows = stop - start

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from snell import waves
 from snell.kernels import launch
 from snell.kernels.kappa import gate_value, kernel_value, less_start, pair_statistics
 from snell.kernels.merge import add_update, tile_pointers
@@ -108,7 +109,7 @@ def linear_few(x: Tensor, weight: Tensor | None, bias: Tensor | None, update: Up
     row = launch.row("few_tokens", x)
     x, A, B = x.contiguous(), launch.k_major(A), launch.k_major(B)
     across, down = -(-n // row.block_n), -(-m // row.block_m)
-    splits = min(across, max(1, -(-PROGRAMS * launch.num_processors(x.device) // down)))
+    splits = min(across, max(1, -(-PROGRAMS * waves.num_processors(x.device) // down)))
     sums = x.new_empty(splits * tokens * m, dtype=torch.float32)
     y = x.new_empty(tokens, m)
     source, start = x if weight is None else weight, launch.start(update)

@@ -30,12 +30,6 @@ def _architecture(index: int) -> int:
     return major * 10 + minor
 
 
-@cache
-def num_processors(device: torch.device) -> int:
-    """Streaming multiprocessors; under the interpreter 1."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
 def is_capturing(device: torch.device) -> bool:
     """Whether the device's current stream is being captured into a graph."""
     if device.type != "cuda":

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from snell import waves
 from snell.kernels import launch
 from snell.kernels.merge import tile_indices, tile_pointers
 from snell.kernels.shares import add_all_shares
@@ -81,7 +82,7 @@ def edit_grad(
     """The gradients of u, scaling and bias that are needed; all contiguous."""
     (tokens, m), row = grad.shape, launch.row("edit_grad", grad)
     across, tiles = -(-m // row.block_n), -(-tokens // row.block_m)
-    strips = max(1, min(tiles, -(-PROGRAMS * launch.num_processors(grad.device) // across)))
+    strips = max(1, min(tiles, -(-PROGRAMS * waves.num_processors(grad.device) // across)))
     grad_u = torch.empty_like(grad) if needs[0] else None
     shares = scaling.new_empty(2, strips, m)
     launch.run(

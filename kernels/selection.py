@@ -12,6 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
+from snell import waves
 from snell.kernels import count, launch, select
 from snell.spec import Spec
 from snell.update import Parameters
@@ -169,7 +170,7 @@ def _select(layers: Sequence[Parameters], plan: _Plan) -> tuple[Tensor, Tensor]:
         **setting,
     )
     row = launch.row("select", taus)
-    programs = min(launch.tiles(plan.m, plan.n, row), PROGRAMS * launch.num_processors(device))
+    programs = min(launch.tiles(plan.m, plan.n, row), PROGRAMS * waves.num_processors(device))
     sizes = stride, plan.m, plan.n, plan.k, plan.bucket, salt
     for count_pass in range(PASSES):
         launch.run(

@@ -15,16 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from snell import backends
+from snell import backends, waves
 from snell.update import Gradients, Update
 
-#: Most bytes of workspace of a pass. Blocks of this size are large enough for efficient GEMMs. On a CPU they stay in
-#: the last-level cache between the pass that writes them and the GEMM that reads them.
+#: Most bytes of workspace of a pass on a CPU. Blocks of this size are large enough for efficient GEMMs, and stay in the
+#: last-level cache between the pass that writes them and the GEMM that reads them. :mod:`snell.waves` has a GPU's.
 WORKSPACE_BYTES = 16 * 2**20
-
-#: The same on a GPU. It is larger, because one block's GEMM has to fill every multiprocessor. It still fits in the L2
-#: cache (40 MiB and more), and together with the kernels' own 8 MiB stays within 32 MiB.
-GPU_WORKSPACE_BYTES = 24 * 2**20
 
 #: A block that is not the whole matrix has a multiple of this many rows or columns.
 BLOCK_MULTIPLE = 64
@@ -39,10 +35,9 @@ class Needs(NamedTuple):
     factors: bool
 
 
-def block_length(bytes_per_line: int, lines: int, device_type: str = "cpu") -> int:
+def block_length(bytes_per_line: int, lines: int) -> int:
     """How many rows (or columns) of ``bytes_per_line`` one block holds."""
-    limit = GPU_WORKSPACE_BYTES if device_type == "cuda" else WORKSPACE_BYTES
-    length = limit // max(bytes_per_line, 1)
+    length = WORKSPACE_BYTES // max(bytes_per_line, 1)
     if length >= lines:
         return max(lines, 1)
     return max(length - length % BLOCK_MULTIPLE, min(BLOCK_MULTIPLE, lines), 1)
@@ -53,11 +48,34 @@ def _as_matrix(t: Tensor, features: int) -> Tensor:
     return t if t.dim() == 2 else t.reshape(-1, features)
 
 
-def _blocks(length: int, lines: int, *matrices: tuple[Tensor | Update | None, int]) -> Iterable[tuple[Any, ...]]:
-    """Corresponding blocks of matrices and updates, of ``length`` rows (dim 0) or columns (dim 1); None stays None."""
-    if length >= lines:
+#: Rows or columns of each block, or of all blocks but the last.
+Lengths = int | tuple[int, ...]
+
+
+def row_lengths(tokens: int, m: int, n: int, element_size: int, device: torch.device) -> Lengths:
+    """Rows of the blocks of W0 + dW in forward."""
+    if device.type == "cuda":
+        return waves.rows(tokens, m, n, element_size, waves.num_processors(device))
+    return block_length(n * element_size, m)
+
+
+def column_lengths(tokens: int, m: int, n: int, element_size: int, device: torch.device) -> Lengths:
+    """Columns of the blocks of G and W0 + dW in backward."""
+    if device.type == "cuda":
+        return waves.columns(tokens, m, n, element_size, waves.num_processors(device))
+    return block_length(m * element_size, n)
+
+
+def longest(lengths: Lengths) -> int:
+    """Lines of the longest block, for which the workspace is made."""
+    return lengths if isinstance(lengths, int) else max(lengths)
+
+
+def _blocks(lengths: Lengths, lines: int, *matrices: tuple[Tensor | Update | None, int]) -> Iterable[tuple[Any, ...]]:
+    """Corresponding blocks of matrices and updates, of rows (dim 0) or columns (dim 1); None stays None."""
+    if longest(lengths) >= lines:
         return (tuple(matrix for matrix, _ in matrices),)
-    return zip(*(repeat(None) if t is None else t.split(length, dim) for t, dim in matrices), strict=False)
+    return zip(*(repeat(None) if t is None else t.split(lengths, dim) for t, dim in matrices), strict=False)
 
 
 def _block(workspace: Tensor, weight: Tensor | None, rows: int, cols: int) -> Tensor:
@@ -110,8 +128,8 @@ def linear_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, update
     few = backend.few_tokens(x2, weight, bias, update)
     if few is not None:
         return few.view(y.shape)
-    rows = block_length(n * x.element_size(), m, x.device.type)
-    workspace = x.new_empty(rows * n)
+    rows = row_lengths(x2.shape[0], m, n, x.element_size(), x.device)
+    workspace = x.new_empty(longest(rows) * n)
     update = backend.prepare(update)
     for part, W_block, bias_block, y_block in _blocks(rows, m, (update, 0), (weight, 0), (bias, 0), (y2, 1)):
         block = _block(workspace, weight, part.B.shape[0], n)
@@ -143,9 +161,9 @@ def linear_backward(
         needs = needs._replace(x=False)
     need_G = needs.weight or (grads is not None and products is None)
     if grads is not None or needs.weight or needs.x:
-        cols = block_length(m * dy.element_size(), n, dy.device.type)
+        cols = column_lengths(dy.shape[0], m, n, dy.element_size(), dy.device)
         update = backend.prepare(update)
-        workspace = dy.new_empty(m * cols)
+        workspace = dy.new_empty(m * longest(cols))
         dx = None if grad_x is None or not needs.x else _as_matrix(grad_x, n)
         matrices = (weight, 1), (x2 if need_G else None, 1), (dx, 1), (grad_weight, 1)
         lines = (None if grads is None else grads.A, 0), (None if products is None else products.x, 0)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -50,10 +51,12 @@ class Update(NamedTuple):
         start = None if self.start is None else self.start.columns(columns)
         return self._replace(A=self.A[columns], start=start)
 
-    def split(self, length: int, dim: int) -> Iterator[Update]:
-        """The update of ``length`` rows (dim 0) or columns (dim 1) at a time, as ``Tensor.split`` cuts dW."""
-        cut = self.columns if dim else self.rows
-        return (cut(slice(first, first + length)) for first in range(0, self.shape[dim], length))
+    def split(self, lengths: int | Sequence[int], dim: int) -> Iterator[Update]:
+        """The updates of so many rows (dim 0) or columns (dim 1) at a time, as ``Tensor.split`` cuts dW."""
+        cut, lines = self.columns if dim else self.rows, self.shape[dim]
+        if isinstance(lengths, int):
+            lengths = [lengths] * -(-lines // lengths)
+        return (cut(slice(end - length, end)) for length, end in zip(lengths, accumulate(lengths), strict=True))
 
     def transposed(self) -> Update:
         """The update of dW^T. Every pair statistic is symmetric, so its entries have the same bits."""

@@ -91,14 +91,12 @@ def predicted_bytes(point: Point, products: bool, element_size: int, device: str
     backward, a slab of transposed activations.
     """
     m, n, tokens = point.out_features, point.in_features, point.tokens
-    forward, backward = (
-        lines * core.block_length(lines * element_size, others, device) for lines, others in ((n, m), (m, n))
-    )
+    rows, columns = core.block_lengths(tokens, m, n, element_size, device)
     slab = (m + n) * -(-tokens // core.num_slabs(tokens, m, n, element_size)) if products else 0
     return {
         "saved": point.depth * (tokens * n * element_size + 4),
         "outputs": tokens * (point.depth * m + n) * element_size + 4 * point.depth * point.rank * (m + n),
-        "workspace": max(forward, backward + slab) * element_size,
+        "workspace": max(n * rows, m * columns + slab) * element_size,
     }
 
 

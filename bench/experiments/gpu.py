@@ -60,7 +60,7 @@ def merge(m: int, n: int, rank: int, device: str) -> Iterator[Row]:
 
 
 def factor_grad(m: int, n: int, rank: int, device: str) -> Iterator[Row]:
-    cols, whole = core.block_length(2 * m, n, device), core.new_update(m, n, rank, device)
+    cols, whole = core.block_lengths(8192, m, n, 2, device)[1], core.new_update(m, n, rank, device)
     backend = core.backend(whole)
     update = backend.prepare(whole).columns(slice(cols))
     grads, sets = core.Gradients.zeros(update), _matrices(m, cols, device, 3)

@@ -44,7 +44,7 @@ def operations(layer: SnellLinear, x: torch.Tensor, grad_y: torch.Tensor) -> dic
     update, weight, x = core.of_layer(layer), layer.weight.detach(), x.detach()
     (m, n), tokens, entries, size = weight.shape, x.shape[0], weight.numel(), weight.element_size()
     grads, backend = core.Gradients.zeros(update), core.backend(update)
-    rows, columns = core.block_length(n * size, m), core.block_length(m * size, n)
+    rows, columns = core.block_lengths(tokens, m, n, size, "cpu")
     workspace = torch.randn(max(rows * n, columns * m)).to(weight.dtype)
 
     def gemms(count: int) -> Step:

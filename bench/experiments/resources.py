@@ -23,6 +23,7 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from snell import waves
 from snell.bench import core
 from snell.bench.core import Update
 from snell.bench.report import Cell, Columns, Document, table
@@ -77,8 +78,8 @@ def launches(call: Callable[[], object], arch: int, seen: set[str]) -> Iterator[
             found.append(facts | resources(compiled))
 
     driver.set_active(_Target(arch))
-    here = {"run": run, "row": lambda name, _: TABLE[arch][name], "num_processors": lambda _: PROCESSORS[arch]}
-    with mock.patch.multiple(launch, **here):
+    here = mock.patch.multiple(launch, run=run, row=lambda name, _: TABLE[arch][name])
+    with here, mock.patch.object(waves, "num_processors", return_value=PROCESSORS[arch]):
         call()
     yield from found
 

@@ -59,7 +59,7 @@ def count(
         add: adds the counts of the other pieces of the matrix.
     """
     n, m = A.shape[0], B.shape[0]
-    rows = block_length(n * A.element_size(), m, A.device.type)
+    rows = block_length(n * A.element_size(), m)
     out = A.new_empty(rows, n)
     ungated = Spec(spec.rank, 0.0, spec.kernel, spec.groups).applied
     update = backend.prepare(Update(A, B, theta, A.new_zeros(()), ungated))

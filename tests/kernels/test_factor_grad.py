@@ -6,6 +6,7 @@ import pytest
 import torch
 from launching import exact, parameters, recorded
 
+from snell import waves
 from snell.kernels import factor_grad, launch, rectangles
 from snell.kernels.table import Row
 from snell.testing.bounds import Expected, assert_within
@@ -99,7 +100,7 @@ def test_products_of_half_precision_keep_their_bound_where_the_hardware_cuts_ope
 
 
 def test_one_block_is_one_launch_where_little_is_to_add(monkeypatch):
-    monkeypatch.setattr(launch, "num_processors", lambda device: 132)
+    monkeypatch.setattr(waves, "num_processors", lambda device: 132)
     u = Update(*parameters(4096, 2048, 32)[:3], torch.zeros(()), parameters(1, 1, 32)[3])
     with recorded(skip=True) as launched:
         factor_grad.factor_grad(torch.empty(4096, 2048, dtype=torch.bfloat16), u, Gradients.zeros(u))

@@ -7,8 +7,8 @@ import torch
 from launching import parameters, recorded
 from torch import nn
 
-from snell import SnellLinear, backends, blocks, functional, refresh_thresholds
-from snell.kernels import fingerprint, launch
+from snell import SnellLinear, backends, blocks, functional, refresh_thresholds, waves
+from snell.kernels import fingerprint
 from snell.update import Gradients
 
 pytestmark = pytest.mark.usefixtures("on_triton")
@@ -72,10 +72,11 @@ def test_a_held_threshold_is_verified_in_one_launch(changed):
 
 def launches_of_a_step(monkeypatch, *, fresh: bool) -> list[str]:
     """Of a 4096 x 4096 layer in bfloat16 on a GPU of 132 multiprocessors, recorded and not run."""
-    monkeypatch.setattr(launch, "num_processors", lambda device: 132)
-    monkeypatch.setattr(blocks, "WORKSPACE_BYTES", blocks.GPU_WORKSPACE_BYTES)
+    monkeypatch.setattr(waves, "num_processors", lambda device: 132)
+    monkeypatch.setattr(blocks, "row_lengths", lambda *_: waves.rows(8192, 4096, 4096, 2, 132))
+    monkeypatch.setattr(blocks, "column_lengths", lambda *_: waves.columns(8192, 4096, 4096, 2, 132))
     layer = SnellLinear(4096, 4096, rank=32, dtype=torch.bfloat16, bias=False)
-    # One token more than few_tokens serves: launches do not depend on how many.
+    # One token more than few_tokens serves: with blocks cut for 8192, launches do not depend on how many.
     x = torch.randn(17, 4096, dtype=torch.bfloat16, requires_grad=True)
     with recorded(skip=True) as launched:
         if not fresh:

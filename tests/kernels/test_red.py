@@ -6,8 +6,7 @@ import pytest
 import torch
 from launching import recorded
 
-from snell import functional
-from snell.kernels import launch
+from snell import functional, waves
 from snell.testing import edits
 from snell.testing.bounds import assert_within
 
@@ -23,7 +22,7 @@ def drawn(tokens: int, m: int):
 @pytest.mark.parametrize("processors", [1, 2, 132])
 @pytest.mark.parametrize("tokens, m", [(1, 1), (100, 130), (333, 257)])
 def test_strips_of_rows_add_up_to_the_gradients(monkeypatch, tokens, m, processors):
-    monkeypatch.setattr(launch, "num_processors", lambda device: processors)
+    monkeypatch.setattr(waves, "num_processors", lambda device: processors)
     u, scaling, bias, grad = drawn(tokens, m)
     z = functional.edit(u, scaling, bias)
     found = (z.detach(), *torch.autograd.grad(z, (u, scaling, bias), grad))
