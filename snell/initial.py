@@ -10,7 +10,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from snell import backends, functional, reference
+from snell import backends, counter, functional, reference
 from snell.spec import Spec
 from snell.update import Update
 
@@ -59,16 +59,16 @@ def draw_identity(A: Tensor, B: Tensor, theta: Tensor, spec: Spec, scale: float,
     return start
 
 
-def check_seed(seed: int) -> None:
-    """Check the seed of an identity start.
+def check_seed(seed: int, name: str = "init_seed") -> None:
+    """Check a seed that is saved.
 
     Raises:
         TypeError, ValueError: it is no int, or not in [0, 2^53), where JSON and float64 are exact.
     """
     if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"init_seed must be an int; got {seed!r} ({type(seed).__name__})")
+        raise TypeError(f"{name} must be an int; got {seed!r} ({type(seed).__name__})")
     if not 0 <= seed < 2**53:
-        raise ValueError(f"init_seed must lie in [0, 2^53); got {seed}")
+        raise ValueError(f"{name} must lie in [0, 2^53); got {seed}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,22 +115,9 @@ _starts: WeakValueDictionary[tuple, Start] = WeakValueDictionary()
 
 def _from_seed(n: int, m: int, spec: Spec, scale: float, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """A, B and theta as :func:`draw` draws them, but float32 on the CPU, with bits that the arguments alone decide."""
-    uniform = _splitmix64((n + m) * spec.rank, seed)
-    # The upper 24 bits, as an odd number between -2^24 and 2^24: exact in float32, and never 0.
-    uniform = ((uniform >> 39) & 0x1FFFFFE).add_(1 - 2**24).float().div_(2**24).view(n + m, spec.rank)
-    A, B = (factor.div_(math.sqrt(factor.numel() / spec.groups)) for factor in (uniform[:n], uniform[n:]))
+    both = counter.uniform((n + m) * spec.rank, seed).view(n + m, spec.rank)
+    A, B = (factor.div_(math.sqrt(factor.numel() / spec.groups)) for factor in (both[:n], both[n:]))
     return A, B, torch.tensor(spec.initial_theta(scale), dtype=torch.float32, device="cpu")
-
-
-def _splitmix64(count: int, seed: int) -> Tensor:
-    """The first numbers of SplitMix64, as int64, whose products wrap. PyTorch's generators may change with a release.
-
-    Source: Steele, Lea and Flood, Fast splittable pseudorandom number generators (OOPSLA 2014).
-    """
-    z = torch.arange(1, count + 1, dtype=torch.int64, device="cpu").mul_(0x9E3779B97F4A7C15 - 2**64).add_(seed)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        z = (z ^ (z >> shift & 2 ** (64 - shift) - 1)).mul_(factor - 2**64)
-    return z ^ (z >> 31 & 2**33 - 1)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ SOURCES = {"snell": ROOT / "snell", "snell.kernels": ROOT / "kernels", "snell.be
 #: From the ground up. A module imports modules of lower floors, and of its own entry.
 FLOORS = (
     ("snell.kernel_functions", "snell.extras"),
-    ("snell.spec", "snell.precision", "snell.waves"),
+    ("snell.spec", "snell.precision", "snell.counter", "snell.waves"),
     ("snell.update", "snell.reference"),
     ("snell.native", "snell.kernels"),
     ("snell.backends",),

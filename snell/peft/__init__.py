@@ -1,7 +1,7 @@
-"""SNELL and RED as PEFT tuners: ``get_peft_model(model, SnellConfig(r=32, target_modules="all-linear"))``.
+"""SNELL, RED and X-PEFT as PEFT tuners: ``get_peft_model(model, SnellConfig(r=32, target_modules="all-linear"))``.
 
-Importing this module makes the tuners known to PEFT, as types ``SNELL`` and ``RED``; import it before loading a saved
-adapter. Needs peft and transformers.
+Importing this module makes the tuners known to PEFT, as types ``SNELL``, ``RED`` and ``XPEFT``; import it before
+loading a saved adapter. Needs peft and transformers.
 """
 
 from __future__ import annotations
@@ -21,19 +21,29 @@ from snell.peft.red.model import RedModel
 from snell.peft.snell.config import SnellConfig
 from snell.peft.snell.layer import AdaptedLinear
 from snell.peft.snell.model import SnellModel
+from snell.peft.xpeft.config import XpeftConfig
+from snell.peft.xpeft.layer import MaskedLinear, use_profiles
+from snell.peft.xpeft.model import XpeftModel
+from snell.peft.xpeft.profile import Profile
 
 __all__ = [
     "AdaptedLinear",
     "EditedLinear",
+    "MaskedLinear",
+    "Profile",
     "RedConfig",
     "RedModel",
     "SnellConfig",
     "SnellModel",
+    "XpeftConfig",
+    "XpeftModel",
     "last_checkpoint",
     "save_adapter",
+    "use_profiles",
 ]
 
-for _name in ("SNELL", "RED"):
+for _name in ("SNELL", "RED", "XPEFT"):
     kind(_name)
 register_peft_method(name="snell", config_cls=SnellConfig, model_cls=SnellModel)
 register_peft_method(name="red", config_cls=RedConfig, model_cls=RedModel, prefix=RedModel.prefix)
+register_peft_method(name="xpeft", config_cls=XpeftConfig, model_cls=XpeftModel, prefix=XpeftModel.prefix)

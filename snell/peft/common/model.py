@@ -41,8 +41,9 @@ class TunerModel(BaseTuner):
     ) -> None:
         settings = self._settings(config, current_key)
         kind: Any = self.tuner_layer_cls
-        if isinstance(target, kind):
-            target.update_layer(adapter_name, *settings)
+        if type(target) is kind:  # and no other tuner's that inherits from it
+            adapted: Any = target
+            adapted.update_layer(adapter_name, *settings)
             return
         _check_target(target, parent, current_key, adapter_name, kind.tuner)
         layer = kind(
@@ -59,7 +60,7 @@ class TunerModel(BaseTuner):
     def _layers(self, adapter_name: str) -> Iterator[tuple[str, Any]]:
         """Names of the layers that have this adapter, and the layers."""
         for name, module in self.model.named_modules():
-            if isinstance(module, self.tuner_layer_cls) and adapter_name in module.adapter_names:
+            if type(module) is self.tuner_layer_cls and adapter_name in module.adapter_names:
                 yield name, module
 
     @contextmanager

@@ -30,7 +30,7 @@ class AdaptedLinear(TunerLayer):
 
     Args:
         base_layer: an nn.Linear, a Conv1D, or an opaque layer with in_features and out_features.
-        adapter_name, spec, config: the first adapter's name, make-up and settings.
+        adapter_name, settings: the first adapter's name, and what :meth:`update_layer` takes after it.
         fan_in_fan_out: whether the base weight is stored [n, m].
         quantisation: what PEFT's quantisation backends need beside the base layer, to merge into it.
 
@@ -44,29 +44,36 @@ class AdaptedLinear(TunerLayer):
         snell_start: what is subtracted from the update of an adapter that starts as the identity, by adapter name.
     """
 
+    snell_A: nn.ModuleDict
+    snell_B: nn.ModuleDict
+    snell_theta: nn.ModuleDict
+
     tuner = "SNELL"
-    adapter_layer_names = ("snell_A", "snell_B", "snell_theta")
+    adapter_layer_names: tuple[str, ...] = ("snell_A", "snell_B", "snell_theta")
+    other_param_names: tuple[str, ...]
     other_param_names = ("snell_dropout", "snell_spec", "snell_scale", "snell_constants", "snell_start")
 
     def __init__(
         self,
         base_layer: nn.Module,
         adapter_name: str,
-        spec: Spec,
-        config: SnellConfig,
-        *,
+        *settings: Any,
         fan_in_fan_out: bool = False,
         quantisation: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(base_layer, fan_in_fan_out=fan_in_fan_out, quantisation=quantisation)
-        self.snell_A, self.snell_B, self.snell_theta = (nn.ModuleDict() for _ in range(3))
+        self._prepare()
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, *settings)
+
+    def _prepare(self) -> None:
+        for name in self.adapter_layer_names:
+            setattr(self, name, nn.ModuleDict())
         self.snell_dropout = nn.ModuleDict()
         self.snell_spec: dict[str, Spec] = {}
         self.snell_scale: dict[str, float] = {}
         self.snell_constants: dict[str, Tensor] = {}
         self.snell_start: dict[str, Start | None] = {}
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, spec, config)
 
     def update_layer(self, adapter_name: str, spec: Spec, config: SnellConfig) -> None:
         """Add an adapter, or draw it anew."""
@@ -135,7 +142,7 @@ class AdaptedLinear(TunerLayer):
 
     def snell_parameters(self) -> Iterator[Parameters]:
         """A, B, theta and the make-up of each adapter's update, for what works on all updates of a model."""
-        return (self._parameters_of(name) for name in self.snell_A)
+        return (self._parameters_of(name) for name in self.adapter_names)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Dense dW of one adapter, less its start's, laid out as the base weight; float32, or float64 as that."""

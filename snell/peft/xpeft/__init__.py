@@ -1,0 +1,1 @@
+"""The tuner of masks over a bank of adapters."""
