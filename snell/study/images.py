@@ -28,7 +28,7 @@ SIDE = 28
 RANGES = ((0x30, 0x39), (0x41, 0x5A), (0x61, 0x7A), (0x391, 0x3A1), (0x3B1, 0x3C9), (0x410, 0x42F))
 CHARACTERS = [chr(code) for first, last in RANGES for code in range(first, last + 1)]
 #: Pictures of a character from each font, and the pre-training's length and rate.
-PICTURES, STEPS, RATE = 4, 2500, 1e-3
+PICTURES, STEPS, RATE = 4, 12_000, 1e-3
 #: Of Fashion-MNIST's 60,000 training images.
 VALIDATION = 10_000
 

@@ -10,7 +10,7 @@ from small_models import adapted, batch, build, config, logits, train
 from trainer_runs import Samples, StopAfter, losses, run
 
 from snell.competition import memo
-from snell.peft import AdaptedLinear, RedConfig
+from snell.peft import AdaptedLinear, RedConfig, XpeftConfig
 
 CHECKPOINTING = [
     {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
@@ -19,7 +19,11 @@ CHECKPOINTING = [
 
 
 def factors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {key: value.clone() for key, value in model.state_dict().items() if "snell_" in key or "repr_" in key}
+    return {
+        key: value.clone()
+        for key, value in model.state_dict().items()
+        if any(tuner in key for tuner in ("snell_", "repr_", "xpeft_"))
+    }
 
 
 def assert_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
@@ -38,6 +42,7 @@ def assert_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor])
         ("bert", {"gradient_accumulation_steps": 2}, RedConfig),
         ("llama", {"bf16": True}, RedConfig),
         ("t5", CHECKPOINTING[1], RedConfig),
+        ("bert", {}, XpeftConfig),
     ],
     ids=lambda value: "-".join(value) or "plain" if isinstance(value, dict) else getattr(value, "__name__", value),
 )

@@ -76,9 +76,7 @@ class Profile:
         found = {"layers": len(self.logits), "adapters": self.logits.shape[-1], "k": self.k}
         for name, value in expected.items():
             if found[name] != value:
-                raise ValueError(
-                    f"the profile does not fit the model: its {name} is {found[name]}, the model's {value}"
-                )
+                raise ValueError(f"the profile does not fit the model: its {name} is {found[name]}, not {value}")
         if self.bank != bank.fingerprint:
             raise ValueError("the profile does not fit the model: it was made for another bank")
 
