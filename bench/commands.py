@@ -69,6 +69,12 @@ OPTIONS: dict[str, tuple[Decorator, ...]] = {
         _one("--rank", _COUNT, 32, "Columns of LoRA's factors."),
         _REPETITIONS,
     ),
+    "profiles": (
+        _several("--adapters", _COUNT, "Adapters of a bank. May be repeated.", (100, 400, 800)),
+        _one("--rank", _COUNT, 48, "Columns of an adapter's factors."),
+        _one("--profiles", _COUNT, 64, "Profiles that are trained together."),
+        _REPETITIONS,
+    ),
     "operations": (_one("--repetitions", _COUNT, 11, "Timed runs of each."),),
     "growth": (_WHERE, _seconds(6.0, "point")),
     "freezing": (

@@ -119,7 +119,7 @@ def _find(folder: Path) -> Path:
 
 
 def tuner_of(folder: Path) -> tuple[Path, str]:
-    """The folder that holds the adapter, and the adapter's tuner, ``SNELL`` or ``RED``."""
+    """The folder that holds the adapter, and the adapter's tuner: ``SNELL``, ``RED`` or ``XPEFT``."""
     folder = _find(folder)
     path = folder / CONFIG_NAME
     try:
@@ -127,8 +127,10 @@ def tuner_of(folder: Path) -> tuple[Path, str]:
     except (OSError, ValueError) as error:
         raise click.ClickException(f"{path} cannot be read: {error}") from error
     kind = settings.get("peft_type") if isinstance(settings, dict) else None
-    if kind not in ("SNELL", "RED"):
-        raise click.ClickException(f"{folder} holds no SNELL or RED adapter: its peft_type is {kind or 'missing'}")
+    if kind not in ("SNELL", "RED", "XPEFT"):
+        raise click.ClickException(
+            f"{folder} holds no SNELL, RED or X-PEFT adapter: its peft_type is {kind or 'missing'}"
+        )
     return folder, kind
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
 from torch import Tensor
 
 from snell.cli.adapter import natural, weights
-from snell.cli.inspect_report import table
+from snell.cli.inspect_rows import show
 
 _VECTOR = re.compile(r"(?:base_model\.model\.)?(?P<layer>.+)\.repr_(?P<name>scaling|bias)\.weight$")
 
@@ -94,9 +93,4 @@ def report(folder: Path, out: Path) -> None:
     """
     rows = _rows(folder)
     numbers = sum(2 * row.out_features for row in rows)
-    click.echo(f"{folder}: RED, {numbers:,} numbers in {len(rows)} layer{'s' if len(rows) > 1 else ''}\n")
-    click.echo(table(rows, _COLUMNS))
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / "inspect.json"
-    path.write_text(json.dumps({"adapter": str(folder), "layers": [asdict(row) for row in rows]}, indent=1) + "\n")
-    click.echo(f"written: {path}")
+    show(folder, out, f"RED, {numbers:,} numbers", rows, _COLUMNS)

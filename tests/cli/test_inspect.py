@@ -208,7 +208,7 @@ FAULTS = {
     "not JSON": (lambda f: (f / "adapter_config.json").write_text("{"), "adapter_config.json cannot be read"),
     "another tuner's": (
         lambda f: edit_config(f, peft_type="LORA"),
-        "SNELL or RED adapter: its peft_type is LORA",
+        "SNELL, RED or X-PEFT adapter: its peft_type is LORA",
     ),
     "impossible setting": (lambda f: edit_config(f, sparsity=1.5), "sparsity must lie in [0, 1)"),
     "another rank": (lambda f: edit_config(f, r=8), "which does not fit rank 8"),
