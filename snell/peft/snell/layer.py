@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -50,8 +51,8 @@ class AdaptedLinear(TunerLayer):
 
     tuner = "SNELL"
     adapter_layer_names: tuple[str, ...] = ("snell_A", "snell_B", "snell_theta")
-    other_param_names: tuple[str, ...]
-    other_param_names = ("snell_dropout", "snell_spec", "snell_scale", "snell_constants", "snell_start")
+    other_param_names: tuple[str, ...] = ("snell_dropout", "snell_spec", "snell_scale", "snell_constants")
+    other_param_names += ("snell_start", "_own_sparsity")
 
     def __init__(
         self,
@@ -74,6 +75,9 @@ class AdaptedLinear(TunerLayer):
         self.snell_scale: dict[str, float] = {}
         self.snell_constants: dict[str, Tensor] = {}
         self.snell_start: dict[str, Start | None] = {}
+        # PEFT saves what stands below a child's name: this one has no parameters, but sparsities are saved under it.
+        self.snell_sparsity = nn.ModuleDict()
+        self._own_sparsity: dict[str, float] = {}
 
     def update_layer(self, adapter_name: str, spec: Spec, config: SnellConfig) -> None:
         """Add an adapter, or draw it anew."""
@@ -97,6 +101,7 @@ class AdaptedLinear(TunerLayer):
         else:
             self.snell_constants[adapter_name] = theta
         self.snell_spec[adapter_name], self.snell_scale[adapter_name] = spec, config.scale
+        self._own_sparsity.pop(adapter_name, None)
         self.snell_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -155,6 +160,30 @@ class AdaptedLinear(TunerLayer):
         if safe_merge and not all(rows.isfinite().all() for rows in dense):
             raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
         return Merged.of(update)
+
+    def set_sparsity(self, adapter_name: str, sparsity: float) -> None:
+        """Give an adapter of this layer a sparsity of its own from now on. It is saved and loaded with the factors.
+
+        Raises:
+            ValueError: outside [0, 1), or from or to 0, which would change the gate.
+        """
+        spec = replace(self.snell_spec[adapter_name], sparsity=sparsity)
+        if spec.effective_gate != self.snell_spec[adapter_name].effective_gate:
+            raise ValueError(f"sparsity must stay above 0, or the gate would change; got {sparsity}")
+        self.snell_spec[adapter_name] = spec
+        self._own_sparsity[adapter_name] = sparsity
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, sparsity in self._own_sparsity.items():
+            destination[f"{prefix}snell_sparsity.{name}.weight"] = torch.tensor(sparsity, dtype=torch.float64)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in self.adapter_names:
+            sparsity = state_dict.pop(f"{prefix}snell_sparsity.{name}.weight", None)
+            if sparsity is not None:
+                self.set_sparsity(name, sparsity.item())
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def round_factors(self, adapter_name: str) -> None:
         """Round an adapter's factors to the base weight's half precision, where it has one.

@@ -64,4 +64,9 @@ class SnellModel(TunerModel):
         cls, model: nn.Module, config: SnellConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         state_dict = checkpoint.modernised(AdaptedLinear.adapter_layer_names, state_dict)
+        # A fresh model has no such entry, from whose name PEFT would learn where the adapter's belongs.
+        own, named = ".snell_sparsity.weight", f".snell_sparsity.{adapter_name}.weight"
+        state_dict = {
+            f"{key.removesuffix(own)}{named}" if key.endswith(own) else key: value for key, value in state_dict.items()
+        }
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
