@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
@@ -22,7 +22,7 @@ from snell.spec import Spec
 from snell.update import Update
 
 #: Older adapters have no ".weight" at the end.
-_FACTOR = re.compile(r"(?:base_model\.model\.)?(?P<layer>.+)\.snell_(?P<name>A|B|theta)(?:\.weight)?$")
+_FACTOR = re.compile(r"(?:base_model\.model\.)?(?P<layer>.+)\.snell_(?P<name>A|B|theta|sparsity)(?:\.weight)?$")
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Adapter:
 
     Attributes:
         folder, config: where it is, and its settings.
-        keys: keys of its tensors in the file, by layer and name (A, B, theta). Layers have their names in the base
-            model and are sorted by them.
+        keys: keys of its tensors in the file, by layer and name (A, B, theta, sparsity). Layers have their names in the
+            base model and are sorted by them.
     """
 
     folder: Path
@@ -59,7 +59,9 @@ class Adapter:
             return {}
 
     def _update(self, layer: str, tensors: dict[str, Tensor]) -> Update:
-        spec, scale = self.config.spec_of(layer), self.config.scale
+        configured, scale = self.config.spec_of(layer), self.config.scale
+        own = tensors.pop("sparsity", None)  # of a layer that a budget was divided among
+        spec = configured if own is None else replace(configured, sparsity=own.item())
         needed = ["A", "B", *(["theta"] if self.config.trains_theta and spec.num_theta else [])]
         for name in needed:
             if name not in tensors:
@@ -75,7 +77,7 @@ class Adapter:
             raise click.ClickException(f"{layer} holds {shapes}, which does not fit rank {spec.rank} of {CONFIG_NAME}")
         start = None
         if self.config.init_weights == "identity":
-            start = identity_start(len(B), A, spec, scale, self.config.init_seed)
+            start = identity_start(len(B), A, configured, scale, self.config.init_seed)
         return functional.update(A, B, theta, spec, None if start is None else start.update)
 
 

@@ -311,3 +311,18 @@ def test_the_picture_says_what_it_shows(tmp_path, adapter, monkeypatch):
     drawn = {line.get_label(): line.get_ydata() for line in panels[0].lines}
     assert drawn["rows"] == pytest.approx([100 * row["densest_tenth_of_rows"] for row in rows])
     assert drawn["columns"] == pytest.approx([100 * row["densest_tenth_of_columns"] for row in rows])
+
+
+def test_a_layer_with_a_sparsity_of_its_own_is_counted_with_it(tmp_path):
+    model, _ = adapted("bert", target_modules=["query"], sparsity=0.9, init_weights="identity")
+    first = next(module for module in model.modules() if isinstance(module, AdaptedLinear))
+    first.set_sparsity("default", 0.25)
+    with torch.no_grad():
+        first.snell_A["default"].weight.add_(0.1)
+    model.save_pretrained(tmp_path / "adapter")
+    done = CliRunner().invoke(main, ["inspect", str(tmp_path / "adapter"), "--out", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    rows = json.loads((tmp_path / "out" / "inspect.json").read_text())["layers"]
+    assert [row["sparsity_asked"] for row in rows] == [0.25, 0.9]
+    survivors = first.get_delta_weight("default").count_nonzero().item() / 24**2
+    assert rows[0]["sparsity_counted"] == pytest.approx(1 - survivors)
