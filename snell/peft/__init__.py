@@ -19,6 +19,7 @@ from snell.peft.red.config import RedConfig
 from snell.peft.red.layer import EditedLinear
 from snell.peft.red.model import RedModel
 from snell.peft.snell.config import SnellConfig
+from snell.peft.snell.export import export_sparse
 from snell.peft.snell.layer import AdaptedLinear
 from snell.peft.snell.model import SnellModel
 from snell.peft.xpeft.config import XpeftConfig
@@ -37,6 +38,7 @@ __all__ = [
     "SnellModel",
     "XpeftConfig",
     "XpeftModel",
+    "export_sparse",
     "last_checkpoint",
     "save_adapter",
     "use_profiles",
