@@ -4,7 +4,17 @@ import copy
 
 import pytest
 import torch
-from peft import BOFTConfig, LoHaConfig, LoraConfig, OFTConfig, PeftMixedModel, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    BOFTConfig,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    OFTConfig,
+    PeftMixedModel,
+    ShiraConfig,
+    get_peft_model,
+)
 from small_models import batch, build, logits
 
 from snell.peft import RedConfig, SnellConfig
@@ -15,9 +25,13 @@ KINDS = {
     "RED": RedConfig(init_weights=False, **TARGETS),
     "LoRA": LoraConfig(r=4, init_lora_weights=False, **TARGETS),
     "LoHa": LoHaConfig(r=4, init_weights=False, **TARGETS),
+    "LoKr": LoKrConfig(r=4, init_weights=False, **TARGETS),
+    "AdaLoRA": AdaLoraConfig(init_r=4, total_step=1, init_lora_weights=False, **TARGETS),
+    "SHiRA": ShiraConfig(r=2, init_weights=False, **TARGETS),
     "OFT": OFTConfig(oft_block_size=4, init_weights=False, **TARGETS),
 }
 PAIRS = [("SNELL", "LoRA"), ("LoRA", "SNELL"), ("SNELL", "LoHa"), ("RED", "SNELL"), ("LoRA", "RED"), ("OFT", "SNELL")]
+PAIRS += [("SNELL", "LoKr"), ("SNELL", "AdaLoRA"), ("SHiRA", "SNELL")]
 
 
 @pytest.fixture(scope="module")

@@ -21,14 +21,16 @@ class Comparison:
     Attributes:
         lora, snell: how many tests ``passed``, ``failed`` and were ``skipped``.
         listed: how many pass with LoRA and fail with SNELL, by the reason that allows it.
-        unlisted: those that nothing allows, and what SNELL said.
+        unlisted: those that nothing allows: name, and what was raised.
+        both: those that fail with both: what they need is not here.
         idle: patterns of differences.py that no failing test needs.
     """
 
     lora: Counter[str] = field(default_factory=Counter)
     snell: Counter[str] = field(default_factory=Counter)
     listed: Counter[str] = field(default_factory=Counter)
-    unlisted: dict[str, str] = field(default_factory=dict)
+    unlisted: list[str] = field(default_factory=list)
+    both: list[str] = field(default_factory=list)
     idle: list[str] = field(default_factory=list)
 
     @classmethod
@@ -37,18 +39,21 @@ class Comparison:
         found = cls()
         lora = {plain(name): entry["outcome"] for name, entry in report.items() if "LoRA:" in name}
         found.lora.update(lora.values())
-        worse = []
+        failures = []
         for name, entry in report.items():
             if "SNELL:" not in name:
                 continue
-            found.snell[entry["outcome"]] += 1
-            if entry["outcome"] != "passed" and lora.get(plain(name)) == "passed":
-                worse.append(plain(name))
-                if (allowed := reason(plain(name))) is None:
-                    found.unlisted[plain(name)] = entry["reason"]
+            came, twin = entry["outcome"], plain(name)
+            found.snell[came] += 1
+            if came == lora.get(twin) == "failed":
+                found.both.append(twin)
+            elif came != "passed" and lora.get(twin) == "passed":
+                failures.append(f"{twin}: {entry['reason']}")
+                if (allowed := reason(failures[-1])) is None:
+                    found.unlisted.append(failures[-1])
                 else:
                     found.listed[allowed] += 1
-        found.idle = [pattern for pattern in FAILS if not any(re.search(pattern, name) for name in worse)]
+        found.idle = [p for p in FAILS if not any(re.search(p, failure, re.DOTALL) for failure in failures)]
         return found
 
     def __str__(self) -> str:
@@ -56,5 +61,6 @@ class Comparison:
             f"{name}: {dict(sorted(counts.items()))}" for name, counts in (("LoRA", self.lora), ("SNELL", self.snell))
         ]
         lines += [f"fails for SNELL alone, {count}: {why}" for why, count in self.listed.most_common()]
-        lines += [f"NOT LISTED {name}: {why}" for name, why in self.unlisted.items()]
+        lines += [f"fails with both: {name}" for name in self.both]
+        lines += [f"NOT LISTED {failure}" for failure in self.unlisted]
         return "\n".join(lines)

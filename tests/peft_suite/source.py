@@ -53,7 +53,7 @@ def fetch(folder: Path, archive: Path | None = None) -> None:
             for name in (*FILES, *_HELPERS):
                 member = tar.extractfile(f"peft-{peft.__version__}/tests/{name}")
                 assert member is not None
-                (tests / name).write_text(_with_snell(member.read().decode()))
+                (tests / name).write_text(with_snell(member.read().decode()))
 
 
 class _Lists(ast.NodeTransformer):
@@ -77,7 +77,7 @@ class _Lists(ast.NodeTransformer):
             classes.elts.append(ast.Name("SnellConfig", ast.Load()))
 
 
-def _with_snell(source: str) -> str:
+def with_snell(source: str) -> str:
     """The test file, in which "LoRA and others have this feature" names SNELL as well."""
     tree = _Lists().visit(ast.parse(source))
     return f"from snell.peft import SnellConfig\n{ast.unparse(tree)}\n"
