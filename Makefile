@@ -5,13 +5,16 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 NATIVE := $(wildcard csrc/*.h csrc/*/*)
 
-.PHONY: demo test stress bench lint types wheel clean
+.PHONY: demo test peft-suite stress bench lint types wheel clean
 
 demo: $(VENV)/.ready  ## transfer a small ViT to a new domain with few labels, by SNELL and its peers
 	$(BIN)/snell demo
 
 test: $(VENV)/.ready  ## every test
 	$(BIN)/python -m pytest
+
+peft-suite: $(VENV)/.ready  ## PEFT's own tests, from its source archive, with SNELL beside LoRA
+	$(BIN)/python -m tests.peft_suite
 
 stress: $(VENV)/.ready  ## training under random adapter events and kills, beside training that nothing happens to
 	$(BIN)/python -m tests.stress

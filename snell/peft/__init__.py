@@ -14,6 +14,7 @@ except ImportError as error:
     raise ImportError(f"snell.peft needs peft and transformers: {hint('peft')}") from error
 
 from snell.peft.common.kind import kind
+from snell.peft.common.mixed import allow_mixing
 from snell.peft.common.saving import last_checkpoint, save_adapter
 from snell.peft.red.config import RedConfig
 from snell.peft.red.layer import EditedLinear
@@ -46,6 +47,10 @@ __all__ = [
 
 for _name in ("SNELL", "RED", "XPEFT"):
     kind(_name)
-register_peft_method(name="snell", config_cls=SnellConfig, model_cls=SnellModel)
-register_peft_method(name="red", config_cls=RedConfig, model_cls=RedModel, prefix=RedModel.prefix)
+register_peft_method(name="snell", config_cls=SnellConfig, model_cls=SnellModel, is_mixed_compatible=True)
+register_peft_method(
+    name="red", config_cls=RedConfig, model_cls=RedModel, prefix=RedModel.prefix, is_mixed_compatible=True
+)
 register_peft_method(name="xpeft", config_cls=XpeftConfig, model_cls=XpeftModel, prefix=XpeftModel.prefix)
+allow_mixing("SNELL", SnellConfig, SnellModel)
+allow_mixing("RED", RedConfig, RedModel)

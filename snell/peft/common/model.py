@@ -25,12 +25,18 @@ class TunerModel(BaseTuner):
 
     tuner_layer_cls: type[TunerLayer]
 
+    @staticmethod
     @abstractmethod
-    def _settings(self, config: Any, key: str) -> tuple[Any, ...]:
+    def _settings(config: Any, key: str) -> tuple[Any, ...]:
         """What ``update_layer`` of the module of this name takes after the adapter's name."""
 
-    def _create_and_replace(  # type: ignore[override]
-        self,
+    def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
+        self.put_in(self, *args, **kwargs)
+
+    @classmethod
+    def put_in(
+        cls,
+        tuner: BaseTuner,
         config: PeftConfig,
         adapter_name: str,
         target: nn.Module,
@@ -39,8 +45,9 @@ class TunerModel(BaseTuner):
         current_key: str,
         **_: Any,
     ) -> None:
-        settings = self._settings(config, current_key)
-        kind: Any = self.tuner_layer_cls
+        """Give one module an adapter; ``tuner`` is the model it belongs to, which may mix tuners."""
+        settings = cls._settings(config, current_key)
+        kind: Any = cls.tuner_layer_cls
         if type(target) is kind:  # and no other tuner's that inherits from it
             adapted: Any = target
             adapted.update_layer(adapter_name, *settings)
@@ -51,11 +58,11 @@ class TunerModel(BaseTuner):
             adapter_name,
             *settings,
             fan_in_fan_out=_fan_in_fan_out(target, config),
-            quantisation=_quantisation(self.model),
+            quantisation=_quantisation(tuner.model),
         )
-        if adapter_name not in self.active_adapters:
+        if adapter_name not in tuner.active_adapters:
             layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
+        tuner._replace_module(parent, target_name, layer, target)
 
     def _layers(self, adapter_name: str) -> Iterator[tuple[str, Any]]:
         """Names of the layers that have this adapter, and the layers."""

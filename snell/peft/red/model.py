@@ -22,5 +22,6 @@ class RedModel(FeedForwardModel):
     prefix: str = "repr_"
     tuner_layer_cls = EditedLinear
 
-    def _settings(self, config: RedConfig, key: str) -> tuple[RedConfig]:
+    @staticmethod
+    def _settings(config: RedConfig, key: str) -> tuple[RedConfig]:
         return (config,)

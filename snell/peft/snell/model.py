@@ -37,7 +37,8 @@ class SnellModel(TunerModel):
         if config.bias != "none" and not hasattr(BaseTuner, "_get_learnable_bias_state_dict"):
             raise ValueError(f"bias={config.bias!r} needs peft 0.21 or newer: older ones do not save biases with SNELL")
 
-    def _settings(self, config: SnellConfig, key: str) -> tuple[Spec, SnellConfig]:
+    @staticmethod
+    def _settings(config: SnellConfig, key: str) -> tuple[Spec, SnellConfig]:
         return config.spec_of(key), config
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:

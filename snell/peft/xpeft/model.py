@@ -30,6 +30,7 @@ class XpeftModel(FeedForwardModel):
             peft_config.target_modules = set(modules)
         return super()._prepare_adapter_config(peft_config, model_config)
 
-    def _settings(self, config: XpeftConfig, key: str) -> tuple[Any, ...]:
+    @staticmethod
+    def _settings(config: XpeftConfig, key: str) -> tuple[Any, ...]:
         source = config.source()
         return config, key, source, config.make_up(source)
