@@ -88,7 +88,7 @@ def solve(model: nn.Module, method: str, share: float, groups: int = 2, layers: 
 
 def _sides(layer: nn.Module) -> tuple[int, int]:
     """in, out"""
-    first, second = layer.weight.shape  # type: ignore[union-attr,operator,misc]
+    first, second = layer.weight.shape  # type: ignore[misc]
     return (first, second) if isinstance(layer, Conv1D) else (second, first)
 
 

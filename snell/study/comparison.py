@@ -15,7 +15,7 @@ from snell.bench.report import standard_error
 from snell.study.journal import Journal
 from snell.study.methods import GRID, Method
 from snell.study.tasks import Task
-from snell.study.training import Setting, train_and_judge
+from snell.study.training import train_and_judge
 
 #: Changes whenever a run of the same key would give another result.
 VERSION = 1
@@ -38,7 +38,10 @@ class OutOfTime(Exception):
 
 @dataclass
 class Comparison:
-    """One task, its pre-trained backbone, and the journal of its runs."""
+    """One task, its pre-trained backbone, and the journal of its runs.
+
+    A ``setting`` is a dataclass of what a comparison keeps the same; it is part of every run's key.
+    """
 
     sizes: ClassVar[Mapping[str, int]] = SIZES
 
@@ -48,10 +51,10 @@ class Comparison:
     bar: tqdm
     deadline: float | None = None  # in this process's processor time: no run starts after it
     finer: bool = False  # whether two rates between the best and its neighbours are tried as well
-    choosing: Sequence[int] = CHOOSING  # draws
     error: float = 0.3  # in points: draws end when the difference from LoRA has a smaller standard error
+    choosing: Sequence[int] = CHOOSING  # the draws that choose rates
 
-    def run(self, setting: Setting, method: Method, rate: float, draw: int, part: str) -> dict[str, Any]:
+    def run(self, setting: Any, method: Method, rate: float, draw: int, part: str) -> dict[str, Any]:
         """The result of a run, from the journal where it is there.
 
         Raises:
@@ -77,7 +80,7 @@ class Comparison:
         """What a row holds beside the accuracies of its tests."""
         return {}
 
-    def choose(self, setting: Setting, method: Method) -> tuple[float, dict[float, list[float]]]:
+    def choose(self, setting: Any, method: Method) -> tuple[float, dict[float, list[float]]]:
         """The rate of the best mean validation accuracy, and the accuracies of all that were tried.
 
         Five rates are tried, and more until the best has a tried one on both sides; then, where ``finer`` says so, the
@@ -109,7 +112,7 @@ class Comparison:
         return best, dict(sorted(found.items()))
 
     def judge(
-        self, setting: Setting, method: Method, draws: int, baseline: Mapping[str, Any] | None
+        self, setting: Any, method: Method, draws: int, baseline: Mapping[str, Any] | None
     ) -> tuple[dict[str, Any] | None, bool]:
         """The method's row, and whether it is complete; None where there are too few runs for an error."""
         tests: list[dict[str, Any]] = []
@@ -139,7 +142,7 @@ class Comparison:
         }
         return row | self.more(tests) | _difference(row, baseline), complete
 
-    def rows(self, setting: Setting, methods: Sequence[Method], draws: int) -> tuple[list[dict[str, Any]], bool]:
+    def rows(self, setting: Any, methods: Sequence[Method], draws: int) -> tuple[list[dict[str, Any]], bool]:
         """A row for each method, and whether all are complete. LoRA, where it is among them, comes first."""
         baseline, rows, complete = None, [], True
         for method in sorted(methods, key=lambda method: method != BASELINE):

@@ -54,18 +54,14 @@ class Logits(nn.Module):
 
 
 class Text:
-    """How sentences become a model's batches.
+    """How sentences become a model's batches. ``before`` stands before every source: a language's word, or a task."""
 
-    Args:
-        before: stands before every source: a language's word, or an instruction.
-    """
-
-    def __init__(self, model: Any, tokenizer: Any, before: str | Sequence[str] = "") -> None:
+    def __init__(self, model: Any, tokenizer: Any, before: str = "") -> None:
         self.model, self.tokenizer, self.before = model, tokenizer, before
 
-    def encoder(self, sources: Sequence[str], before: str) -> dict[str, Tensor]:
+    def encoder(self, sources: Sequence[str]) -> dict[str, Tensor]:
         """``input_ids`` and ``attention_mask [B, T]``."""
-        texts = [f"{before} {source}" if before else source for source in sources]
+        texts = [f"{self.before} {source}" if self.before else source for source in sources]
         tokens = self.tokenizer(texts, truncation=True, max_length=TOKENS, padding=True, return_tensors="pt")
         return {name: tokens[name] for name in ("input_ids", "attention_mask")}
 
@@ -75,18 +71,18 @@ class Text:
         tokens = self.tokenizer(text_target=list(targets), **words)
         return tokens["input_ids"].masked_fill(tokens["attention_mask"] == 0, -100)
 
-    def batch(self, sources: Sequence[str], targets: Sequence[str], before: str) -> tuple[dict[str, Tensor], Tensor]:
+    def batch(self, sources: Sequence[str], targets: Sequence[str]) -> tuple[dict[str, Tensor], Tensor]:
         """What :func:`snell.study.training.fit` takes: inputs, and labels ``[B * T]``."""
         labels = self.labels(targets)
         decoder = self.model.prepare_decoder_input_ids_from_labels(labels)
-        return {**self.encoder(sources, before), "decoder_input_ids": decoder}, labels.flatten()
+        return {**self.encoder(sources), "decoder_input_ids": decoder}, labels.flatten()
 
 
 def _tokenizer(texts: Iterator[str], languages: Sequence[str], vocabulary: int) -> tf.PreTrainedTokenizerFast:
     """Byte-level BPE, so that no letter of another language is unknown."""
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)  # type: ignore[assignment]
-    bpe.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    bpe.decoder = decoders.ByteLevel()
     special = ["<pad>", "</s>", NEW, *map(word_of, languages)]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
@@ -94,11 +90,11 @@ def _tokenizer(texts: Iterator[str], languages: Sequence[str], vocabulary: int) 
     )
     bpe.train_from_iterator(texts, trainer)
     end = bpe.token_to_id("</s>")
-    bpe.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", end)])  # type: ignore[assignment]
+    bpe.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", end)])
     return tf.PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="</s>")
 
 
-def _made(parts: Mapping[str, Sentences], vocabulary: int, sizes: Mapping[str, int]) -> tuple[Any, Any]:
+def _made(parts: Mapping[str, Sentences], vocabulary: int, sizes: Mapping[str, Any]) -> tuple[Any, Any]:
     sides = (text for one in parts.values() for text in (*one.sources, *one.targets))
     tokenizer = _tokenizer(sides, list(parts), vocabulary)
     pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
@@ -170,7 +166,7 @@ def parent(
 def _batch(text: Text, rows: Sequence[tuple[str, str, str]], bar: tqdm) -> tuple[dict[str, Tensor], Tensor]:
     words, sources, targets = zip(*rows, strict=True)
     bar.update()
-    return text.batch([f"{word} {source}" for word, source in zip(words, sources, strict=True)], targets, "")
+    return text.batch([f"{word} {source}" for word, source in zip(words, sources, strict=True)], targets)
 
 
 @torch.no_grad()

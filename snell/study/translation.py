@@ -74,8 +74,8 @@ class Speaker(Text):
     """A model's batches for one pair: the code of a language goes where the tokenizer wants it."""
 
     def __init__(self, model: Any, tokenizer: Any, before: str) -> None:
-        super().__init__(model, tokenizer)
-        self.before, self.generating = before, {}
+        super().__init__(model, tokenizer, before)
+        self.generating = {}
         if hasattr(tokenizer, "src_lang"):  # mBART, M2M, NLLB: from English
             known = [str(token) for token in tokenizer.get_added_vocab()]
             english = next(
@@ -93,7 +93,7 @@ class Speaker(Text):
         found = [""] * len(sources)
         for start in range(0, len(order), 4 * BATCH):
             part = order[start : start + 4 * BATCH]
-            inputs = self.encoder([sources[index] for index in part], self.before)
+            inputs = self.encoder([sources[index] for index in part])
             outputs = self.model.generate(
                 **inputs, max_new_tokens=TOKENS, num_beams=1, do_sample=False, **self.generating
             )
@@ -141,10 +141,7 @@ class Translation(Comparison):
         trained = num_trained(model)
         speaker = Speaker(model, self.tokenizer, pair.before)
         order = _order([len(text) for text in train.targets], shuffled[: setting.sentences], setting.steps, draw)
-        batches = (
-            speaker.batch([train.sources[i] for i in some], [train.targets[i] for i in some], speaker.before)
-            for some in order
-        )
+        batches = (speaker.batch([train.sources[i] for i in some], [train.targets[i] for i in some]) for some in order)
         trainable = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trainable, rate, weight_decay=0.0, fused=True)
         seconds = fit(Logits(model), optimizer, cosine(optimizer, setting.steps), batches)
@@ -157,7 +154,7 @@ class Translation(Comparison):
 
     def adapted(self, setting: Grid, method: Method, draw: int) -> Any:
         """A copy of the model with what the method trains within the budget."""
-        model: Any = copy.deepcopy(self.backbone).eval()  # type: ignore[redundant-cast]
+        model: Any = copy.deepcopy(self.backbone).eval()
         if method.name == "full":
             return adapt(model, method, 0, draw, None)
         if setting.budget is None:
