@@ -203,7 +203,7 @@ def _within_budgets(_context: click.Context, _parameter: click.Parameter, texts:
     metavar="LANGUAGE=FOLDER",
 )
 @click.option("--checkpoint", type=click.Path(path_type=Path, exists=True), help="A pre-trained model's folder.")
-@_one("--pretraining", _COUNT, 2400, "Steps of pre-training, of 32 sentences each.")
+@_one("--pretraining", _COUNT, 6000, "Steps of pre-training, of 32 sentences each.")
 @_several(
     "--methods",
     "methods",
@@ -219,7 +219,7 @@ def _within_budgets(_context: click.Context, _parameter: click.Parameter, texts:
     show_default=True,
 )
 @_several("--sentences", "sentences", "Sentences to learn from.", type=_COUNT, default=(100, 1000), show_default=True)
-@_one("--steps", _COUNT, 40, "Training steps of every run, of 16 sentences each.")
+@_one("--steps", _COUNT, 100, "Training steps of every run, of 16 sentences each.")
 @_one("--draws", click.IntRange(2), 3, "Draws that judge a method.")
 @_one("--threads", _COUNT, 1, "Threads of this process.")
 @_one("--max-minutes", click.FloatRange(0), None, "Start no run after so many minutes of processor time.")
