@@ -10,6 +10,7 @@ import torch
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, ShiraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from snell import SnellLinear
@@ -74,7 +75,7 @@ def quiet_libraries() -> None:
 
 def targets(model: nn.Module) -> list[str]:
     """Names of the linear layers that every method but full fine-tuning adapts."""
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
     return [name for name in linears if not name.endswith(LEFT_ALONE)]
 
 
@@ -93,7 +94,7 @@ def replaced(
 
 def _by_peft(configure: Callable[..., PeftConfig]) -> Adapt:
     def adapt(model: nn.Module, rank: int, head: str | None = None, **settings: Any) -> nn.Module:
-        config = configure(r=rank, target_modules=set(targets(model)), **settings)
+        config = configure(**{"r": rank, "target_modules": set(targets(model)), **settings})
         if head is not None:
             config.modules_to_save = [head]
         # PEFT's methods in their fastest form: what they train is in the base's dtype. By default PEFT keeps it in

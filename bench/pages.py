@@ -33,7 +33,7 @@ def pages() -> list[Path]:
 def module_of(name: str) -> Any:
     """The module whose ``report``, ``brief`` and ``draw`` show a results file."""
     commands = {key: module for rows in (COMMANDS | BENCHMARKS).values() for key, (module, _) in rows.items()}
-    commands |= {name: f"snell.study.{name}" for name in ("classify", "curve", "dynamics")}
+    commands |= {name: f"snell.study.{name}" for name in ("classify", "curve", "dynamics", "translate")}
     return importlib.import_module(commands.get(re.sub(ENDINGS, "", name), "snell.bench.report"))
 
 

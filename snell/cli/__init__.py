@@ -66,6 +66,7 @@ STUDIES = {
     "Studies": {
         "classify": ("snell.study.command", "Methods of fine-tuning on real data, paired with LoRA draw by draw."),
         "curve": ("snell.study.command:curve", "The difference from LoRA as one setting varies: rank, labels, depth."),
+        "translate": ("snell.study.command:translate", "Methods within budgets of parameters on translation."),
         "dynamics": ("snell.study.dynamics", "How survivors and gradients move while SNELL trains, by gate and start."),
     },
 }

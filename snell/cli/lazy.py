@@ -56,6 +56,7 @@ class LazyGroup(click.Group):
         missing = _missing(error)
         if missing is not None:
             extra = "bench" if self.modules.get(command, "").startswith(("snell.bench", "snell.study")) else "cli"
+            extra = "translate" if command == "translate" else extra
             raise click.ClickException(
                 f"{ctx.command_path} {command} needs {missing}, which is not installed: {hint(extra)}"
             ) from error

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean, median
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 from tqdm import tqdm
@@ -15,7 +15,7 @@ from snell.bench.report import standard_error
 from snell.study.journal import Journal
 from snell.study.methods import GRID, Method
 from snell.study.tasks import Task
-from snell.study.training import Setting, train_and_judge
+from snell.study.training import train_and_judge
 
 #: Changes whenever a run of the same key would give another result.
 VERSION = 1
@@ -38,7 +38,12 @@ class OutOfTime(Exception):
 
 @dataclass
 class Comparison:
-    """One task, its pre-trained backbone, and the journal of its runs."""
+    """One task, its pre-trained backbone, and the journal of its runs.
+
+    A ``setting`` is a dataclass of what a comparison keeps the same; it is part of every run's key.
+    """
+
+    sizes: ClassVar[Mapping[str, int]] = SIZES
 
     task: Task
     backbone: nn.Module
@@ -47,26 +52,35 @@ class Comparison:
     deadline: float | None = None  # in this process's processor time: no run starts after it
     finer: bool = False  # whether two rates between the best and its neighbours are tried as well
     error: float = 0.3  # in points: draws end when the difference from LoRA has a smaller standard error
+    choosing: Sequence[int] = CHOOSING  # the draws that choose rates
 
-    def run(self, setting: Setting, method: Method, rate: float, draw: int, part: str) -> dict[str, Any]:
+    def run(self, setting: Any, method: Method, rate: float, draw: int, part: str) -> dict[str, Any]:
         """The result of a run, from the journal where it is there.
 
         Raises:
             OutOfTime: the run is not in the journal, and the study has used its time.
         """
-        judge = f"{part}:{SIZES[part]}"
+        judge = f"{part}:{self.sizes[part]}"
         key = {"version": VERSION, **asdict(setting), "method": str(method), "rate": rate, "draw": draw, "judge": judge}
         result = self.journal.get(key)
         if result is None:
             if self.deadline is not None and time.process_time() > self.deadline:
                 raise OutOfTime
-            self.bar.set_postfix_str(f"{method}, rank {setting.rank}, rate {rate:g}, draw {draw}")
-            result = train_and_judge(self.task, self.backbone, setting, method, rate, draw, judge)
+            self.bar.set_postfix_str(f"{method}, {setting}, rate {rate:g}, draw {draw}")
+            result = self.measure(setting, method, rate, draw, judge)
             self.journal.add(key, result)
         self.bar.update()
         return result
 
-    def choose(self, setting: Setting, method: Method) -> tuple[float, dict[float, list[float]]]:
+    def measure(self, setting: Any, method: Method, rate: float, draw: int, judge: str) -> dict[str, Any]:
+        """Train and judge: ``accuracy`` (what rates are chosen by), ``trained``, ``seconds``."""
+        return train_and_judge(self.task, self.backbone, setting, method, rate, draw, judge)
+
+    def more(self, tests: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """What a row holds beside the accuracies of its tests."""
+        return {}
+
+    def choose(self, setting: Any, method: Method) -> tuple[float, dict[float, list[float]]]:
         """The rate of the best mean validation accuracy, and the accuracies of all that were tried.
 
         Five rates are tried, and more until the best has a tried one on both sides; then, where ``finer`` says so, the
@@ -76,15 +90,15 @@ class Comparison:
 
         def best_of(rates: Sequence[float]) -> float:
             for rate in rates:
-                found[rate] = [self.run(setting, method, rate, CHOOSING[0], "validation")["accuracy"]]
+                found[rate] = [self.run(setting, method, rate, self.choosing[0], "validation")["accuracy"]]
             bar = max(first for first, *_ in found.values()) - MARGIN
             for rate, accuracies in found.items():
                 if accuracies[0] >= bar:
                     accuracies += [
                         self.run(setting, method, rate, draw, "validation")["accuracy"]
-                        for draw in CHOOSING[len(accuracies) :]
+                        for draw in self.choosing[len(accuracies) :]
                     ]
-            whole = [rate for rate, tried in sorted(found.items()) if len(tried) == len(CHOOSING)]
+            whole = [rate for rate, tried in sorted(found.items()) if len(tried) == len(self.choosing)]
             return max(whole, key=lambda rate: fmean(found[rate]))
 
         untried: Sequence[float] = method.first_rates
@@ -98,7 +112,7 @@ class Comparison:
         return best, dict(sorted(found.items()))
 
     def judge(
-        self, setting: Setting, method: Method, draws: int, baseline: Mapping[str, Any] | None
+        self, setting: Any, method: Method, draws: int, baseline: Mapping[str, Any] | None
     ) -> tuple[dict[str, Any] | None, bool]:
         """The method's row, and whether it is complete; None where there are too few runs for an error."""
         tests: list[dict[str, Any]] = []
@@ -126,9 +140,9 @@ class Comparison:
             "test": [test["accuracy"] for test in tests],
             "seconds": median(test["seconds"] for test in tests),
         }
-        return row | _difference(row, baseline), complete
+        return row | self.more(tests) | _difference(row, baseline), complete
 
-    def rows(self, setting: Setting, methods: Sequence[Method], draws: int) -> tuple[list[dict[str, Any]], bool]:
+    def rows(self, setting: Any, methods: Sequence[Method], draws: int) -> tuple[list[dict[str, Any]], bool]:
         """A row for each method, and whether all are complete. LoRA, where it is among them, comes first."""
         baseline, rows, complete = None, [], True
         for method in sorted(methods, key=lambda method: method != BASELINE):

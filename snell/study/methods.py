@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -110,9 +111,17 @@ def parse(text: str) -> Method:
     return Method(name, tuple(sorted(settings)))
 
 
-def adapt(model: nn.Module, method: Method, rank: int, draw: int) -> nn.Module:
-    """``model`` with the method's parameters trainable, and its ``head``. RED has no rank."""
+def adapt(
+    model: nn.Module, method: Method, rank: int, draw: int, head: str | None = "head", layers: Sequence[str] = ()
+) -> nn.Module:
+    """``model`` with the method's parameters trainable, and its ``head``. RED has no rank.
+
+    Args:
+        layers: those that PEFT's methods adapt; all linear ones unless given.
+    """
     settings = dict(method.settings)
+    if layers:
+        settings["target_modules"] = set(layers)
     match method.name:
         case "probe":
             return probe(model, "head")
@@ -122,9 +131,11 @@ def adapt(model: nn.Module, method: Method, rank: int, draw: int) -> nn.Module:
             seed = {"init_seed": draw} if settings.get("init_weights") == "identity" else {}
             settings = {"scale": None, **seed, **settings}
         case "red":
-            config = RedConfig(target_modules=targets(model), modules_to_save=["head"], **settings)
+            config = RedConfig(
+                **{"target_modules": targets(model), "modules_to_save": [head] if head else None, **settings}
+            )
             return get_peft_model(model, config)
         case "lora" | "dora" | "rslora":
             settings = {"lora_alpha": 2 * rank, "use_rslora": method.name == "rslora", **settings}
     name = {"rslora": "lora"}.get(method.name, method.name)
-    return ADAPT[name](model, rank, head="head", **settings)
+    return ADAPT[name](model, rank, head=head, **settings)

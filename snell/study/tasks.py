@@ -65,7 +65,7 @@ class Task:
             ValueError: the pool has fewer examples than that.
         """
         generator = torch.Generator().manual_seed(number)
-        pool = _shuffled(self.parts["pool"], generator)
+        pool = shuffled(self.parts["pool"], generator)
         if per_class is not None:
             pool = torch.cat([pool[self.labels[pool] == label][:per_class] for label in range(self.classes)])
             labels = per_class * self.classes
@@ -73,25 +73,28 @@ class Task:
             raise ValueError(f"labels must be at most the {len(pool)} that the pool has; got {labels}")
         chosen = pool[:labels]
         epochs = -(-steps * batch // len(chosen))
-        order = torch.cat([_shuffled(chosen, generator) for _ in range(epochs)])[: steps * batch]
+        order = torch.cat([shuffled(chosen, generator) for _ in range(epochs)])[: steps * batch]
         part, _, size = judge.partition(":")
-        return Draw(self._by_length(order, batch, generator), _shuffled(self.parts[part], generator)[: int(size)])
-
-    def _by_length(self, order: Tensor, batch: int, generator: torch.Generator) -> Tensor:
-        """Batches of examples of like lengths, in random order, so that little of a batch is padding."""
-        if self.lengths is None:
-            return order
-        batches = []
-        for window in order.split(WINDOW * batch):
-            batches += window[self.lengths[window].argsort(stable=True)].split(batch)
-        # Each window's batches stay together, so that no epoch runs into the next.
-        starts = range(0, len(batches), WINDOW)
-        windows = [batches[start : start + WINDOW] for start in starts]
-        mixed = [window[i] for window in windows for i in torch.randperm(len(window), generator=generator).tolist()]
-        return torch.cat(mixed)
+        return Draw(
+            by_length(order, batch, self.lengths, generator), shuffled(self.parts[part], generator)[: int(size)]
+        )
 
 
-def _shuffled(indices: Tensor, generator: torch.Generator) -> Tensor:
+def by_length(order: Tensor, batch: int, lengths: Tensor | None, generator: torch.Generator) -> Tensor:
+    """Batches of examples of like lengths, in random order, so that little of a batch is padding."""
+    if lengths is None:
+        return order
+    batches = []
+    for window in order.split(WINDOW * batch):
+        batches += window[lengths[window].argsort(stable=True)].split(batch)
+    # Each window's batches stay together, so that no epoch runs into the next.
+    starts = range(0, len(batches), WINDOW)
+    windows = [batches[start : start + WINDOW] for start in starts]
+    mixed = [window[i] for window in windows for i in torch.randperm(len(window), generator=generator).tolist()]
+    return torch.cat(mixed)
+
+
+def shuffled(indices: Tensor, generator: torch.Generator) -> Tensor:
     return indices[torch.randperm(len(indices), generator=generator)]
 
 

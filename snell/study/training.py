@@ -32,6 +32,9 @@ class Setting:
     per_class: int | None
     steps: int
 
+    def __str__(self) -> str:
+        return f"rank {self.rank}"
+
 
 class Classifier(nn.Module):
     """A linear head on a backbone's features."""
