@@ -12,20 +12,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from snell.kernel_functions import KERNEL_FUNCTIONS
+from snell.kernel_functions import KERNEL_FUNCTIONS, smooth_max
 from snell.spec import Spec
 
 __all__ = ["edit", "gate_values", "kernel_matrix", "merge", "select_threshold", "snell_linear"]
 
 
 def kernel_matrix(A: Tensor, B: Tensor, theta: Tensor, *, kernel: str, groups: int) -> Tensor:
-    """``K_ij = kappa(B_i, A_j)`` of shape [m, n], differentiable in A, B and theta."""
+    """``K_ij = kappa(B_i, A_j)`` of shape [m, n], differentiable in A, B and theta.
+
+    A softmax is that over the rows given, which must be all.
+    """
     if A.dtype in (torch.float16, torch.bfloat16):
         A, B, theta = A.float(), B.float(), theta.float()
     if kernel not in KERNEL_FUNCTIONS:
         raise ValueError(f"kernel is unknown: {kernel!r}")
     function = KERNEL_FUNCTIONS[kernel]
-    return function.value(function.statistics(A, B, groups), theta)
+    statistics = function.statistics(A, B, groups)
+    if function.softmax_of is None:
+        return function.value(statistics, theta)
+    K = KERNEL_FUNCTIONS[function.softmax_of].value(statistics, theta[:-3].detach())
+    return function.value(statistics, theta, smooth_max(K, theta[-1]))
 
 
 def gate_values(K: Tensor, tau: Tensor, *, gate: str) -> Tensor:

@@ -61,7 +61,9 @@ class Backend(ABC):
         """
         return update
 
-    def select(self, A: Tensor, B: Tensor, theta: Tensor, spec: Spec, k: int) -> Tensor | None:
+    def select(
+        self, A: Tensor, B: Tensor, theta: Tensor, spec: Spec, k: int, smooth_max: Tensor | None
+    ) -> Tensor | None:
         """The k-th smallest \\|K\\| (k from 1) of the whole matrix. None: the caller counts in blocks."""
         return None
 
@@ -72,7 +74,8 @@ class Backend(ABC):
     def select_together(self, layers: Sequence[Parameters]) -> tuple[Tensor, Tensor] | None:
         """tau and a fingerprint of the parameters of each layer, each ``[layers]``, in shared launches.
 
-        All layers have the same device, rank, kernel function and number of groups. None: not supported.
+        All layers have the same device, rank, kernel function without a softmax, and number of groups. None: not
+        supported.
         """
         return None
 
