@@ -13,7 +13,7 @@
   void select(const SnellUpdate&, int64_t, void*);                                                             \
   void density(const SnellUpdate&, int64_t, double*);                                                          \
   void factor_grad(const SnellUpdate&, const SnellUpdate*, const SnellMatrix*, const SnellTokens*,             \
-                   const SnellMatrix*, const SnellMatrix*, void*, void*, void*);                               \
+                   const SnellMatrix*, const SnellMatrix*, void*, void*, void*, void*);                        \
   void edit(const SnellEdit&, void*);                                                                          \
   void edit_grad(const SnellEdit&, void*, void*, void*);                                                       \
   }
@@ -96,8 +96,9 @@ SNELL_EXPORT int snell_density(const SnellUpdate* u, int64_t samples, double* de
 
 SNELL_EXPORT int snell_factor_grad(const SnellUpdate* u, const SnellUpdate* start, const SnellMatrix* G,
                                    const SnellTokens* activations, const SnellMatrix* weight, const SnellMatrix* merged,
-                                   void* grad_A, void* grad_B, void* grad_theta) {
-  return guarded([&] { table.factor_grad(*u, start, G, activations, weight, merged, grad_A, grad_B, grad_theta); });
+                                   void* grad_A, void* grad_B, void* grad_theta, void* grad_max) {
+  return guarded(
+      [&] { table.factor_grad(*u, start, G, activations, weight, merged, grad_A, grad_B, grad_theta, grad_max); });
 }
 
 namespace {
