@@ -165,8 +165,8 @@ def count_kernel(
     shift = fresh(state_ptr + SHIFT)
     while shift >= 0:
         _count(
-            factors_ptr, theta_ptr, max_ptr, state_ptr, bucket_ptr, stride, m, n, bucket, start, step, RANK, GROUPS, STATISTIC,
-            KERNEL, BLOCK_M, BLOCK_N,
+            factors_ptr, theta_ptr, max_ptr, state_ptr, bucket_ptr, stride, m, n, bucket, start, step, RANK, GROUPS,
+            STATISTIC, KERNEL, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         shift = tl.full([], -1, tl.int64)
         if is_last(state_ptr + ARRIVED, step):

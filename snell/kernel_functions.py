@@ -14,8 +14,8 @@ from torch import Tensor
 
 __all__ = ["GAMMA_LEAST", "KERNEL_FUNCTIONS", "KernelFunction"]
 
-#: The least \|gamma\| of a softmax; values nearer to 0 are moved to it. One unit in the last place of K = 1 then changes
-#: an exponent by 1/8.
+#: The least \|gamma\| of a softmax; values nearer to 0 are moved to it. One unit in the last place of K = 1 then
+#: changes an exponent by 1/8.
 GAMMA_LEAST = 2.0**-20
 
 
@@ -108,13 +108,16 @@ def _mixture(statistics: Sequence[Tensor], theta: Tensor, smooth_max: Tensor) ->
 
 # theta of sigmoid and rbf is alpha, beta, gamma. gamma starts at the value that makes kappa(0, 0) = 0.
 KERNEL_FUNCTIONS: dict[str, KernelFunction] = {
-    "piecewise_linear": KernelFunction(
-        "distance", True, False, _signs, _piecewise_linear
-    ),
+    "piecewise_linear": KernelFunction("distance", True, False, _signs, _piecewise_linear),
     "linear": KernelFunction("dot", False, False, lambda groups, scale: [], lambda statistics, theta: statistics[0]),
     "sigmoid": KernelFunction("dot", False, True, lambda groups, scale: [scale, 1.0, -scale / 2], _sigmoid),
     "rbf": KernelFunction("distance", False, True, lambda groups, scale: [scale, 1.0, -scale], _rbf),
     "mixture": KernelFunction(
-        "distance", True, True, lambda groups, scale: [*_signs(groups, scale), 1.0, 0.0, 1.0], _mixture, "piecewise_linear"
+        "distance",
+        True,
+        True,
+        lambda groups, scale: [*_signs(groups, scale), 1.0, 0.0, 1.0],
+        _mixture,
+        "piecewise_linear",
     ),
 }

@@ -52,13 +52,13 @@ for _schema in (
 _spec = lru_cache(Spec)
 
 
-def _update(A, B, theta, tau, kernel, groups, gate, *start_and_maxima):
+def _update(A, B, theta, tau, kernel, groups, gate, *rest):
     # tau and the gate are given, so any sparsity above 0 will do. While the compiler traces, a size may be a symbol.
     spec = _spec(int(A.shape[1]), 0.0 if gate == "none" else 0.5, kernel, groups, gate)
     # The dispatcher leaves out trailing arguments that are None.
-    *start, maxima, start_maxima = (*start_and_maxima, *[None] * (6 - len(start_and_maxima)))
-    first = None if start[0] is None else Update(*start, spec, smooth_max=start_maxima)
-    return Update(A, B, theta, tau, spec, first, maxima)
+    rest = (*rest, *(None for _ in range(6 - len(rest))))
+    start = None if rest[0] is None else Update(*rest[:4], spec, smooth_max=rest[5])
+    return Update(A, B, theta, tau, spec, start, rest[4])
 
 
 def _flat(update: Update) -> tuple:
@@ -210,8 +210,8 @@ def _linear_gradients(ctx, grad_y):
         with torch._C._AutoDispatchBelowAutograd():
             found = torch.ops.snell.linear_backward.default(grad_y, x, weight, list(needs), *_flat(update))
     rest = iter(found)
-    last = (3 if maxima is None else 4) * needs.factors
-    grad_A, grad_B, grad_theta, grad_maxima = (*found[len(found) - last :], *[None] * (4 - last))
+    grad_maxima = found.pop() if maxima is not None and needs.factors else None
+    grad_A, grad_B, grad_theta = found[-3:] if needs.factors else (None, None, None)
     return (
         next(rest) if need_x else None,
         next(rest) if need_weight else None,

@@ -27,7 +27,7 @@ class Update(NamedTuple):
         tau: 0-dim threshold. All four have one dtype, float32 or float64, and one device.
         spec: kernel function, groups and the gate that applies (:attr:`snell.spec.Spec.applied`).
         start: a constant update of the same shape and spec, subtracted from this one. It has no start of its own.
-        smooth_max: ``[n]``, the smooth maximum of each column of the whole matrix, for a kernel function with a softmax.
+        smooth_max: ``[n]``, the smooth maximum of each column of the whole K, if the kernel function has a softmax.
         of_rows: whether ``smooth_max [m]`` belongs to the rows, as in a transposed update.
     """
 

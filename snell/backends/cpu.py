@@ -62,7 +62,9 @@ class CpuBackend(Backend):
         lead = G if merged is None else merged
         if isinstance(lead, Tensor) and is_transposed(lead):
             others = (None if matrix is None else matrix.t() for matrix in (weight, merged))
-            return self.factor_grad(G.t(), update.transposed(), Gradients(grads.B, grads.A, grads.theta, grads.smooth_max), *others)
+            return self.factor_grad(
+                G.t(), update.transposed(), Gradients(grads.B, grads.A, grads.theta, grads.smooth_max), *others
+            )
         weight = None if weight is None else row_major(weight)
         G = row_major(G) if isinstance(G, Tensor) else G
         native.factor_grad(self.prepare(update), grads, G, weight, merged)

@@ -2,7 +2,8 @@
 
 ``thresholds`` selects it for one layer, ``together`` for all layers of a model, and ``processes`` for a matrix split
 over several processes. ``memo`` remembers thresholds by the content of the factors; ``held`` keeps those selected
-together. ``columns`` has the smooth maxima of columns, for a softmax. ``radix`` selects by counting, for backends that have no selection of their own.
+together. ``columns`` has the smooth maxima of columns, for a softmax. ``radix`` selects by counting, for backends that
+have no selection of their own.
 """
 
 from snell.backends import AVAILABLE

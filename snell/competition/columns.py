@@ -66,7 +66,7 @@ def smooth_max_backward(
 
 
 def _blocks(A: Tensor, B: Tensor, theta: Tensor, spec: Spec) -> Iterator[tuple[slice, Backend, Update, Tensor]]:
-    """Blocks of columns: their slice, the backend, and update and K ``[m, columns]`` of the function under the softmax."""
+    """Blocks of columns: the slice, the backend, and the update and K of the function under the softmax."""
     assert spec.function.softmax_of is not None
     (n, m), backend = (A.shape[0], B.shape[0]), backends.of(A)
     if not m:  # a process may have no piece

@@ -30,7 +30,7 @@ def refresh_thresholds(model: nn.Module) -> int:
     ``optimizer.step()``. If PyTorch has recorded a later change of the factors, the layer selects again. Some changes
     PyTorch cannot see: a replayed CUDA graph, an optimizer that writes through raw pointers, ``.data``. The GPU finds
     these, and the layer gives NaN instead of a wrong result until this is called again. Layers with sharded factors
-    are skipped; they select when the factors are gathered. A kernel function with a softmax is selected for one layer at a
+    are skipped; they select when the factors are gathered. A kernel function with a softmax selects for one layer at a
     time, since each needs the smooth maxima of its columns first.
 
     Args:
