@@ -76,6 +76,8 @@ def _declare(library: ctypes.CDLL) -> None:
     gradients = [c_void_p] * 3
     updates = [POINTER(_Update)] * 2
     library.snell_factor_grad.argtypes = [*updates, matrix, POINTER(_Tokens), matrix, matrix, *gradients, c_void_p]
+    library.snell_smooth_max.argtypes = [POINTER(_Update), c_void_p]
+    library.snell_smooth_max_grad.argtypes = [POINTER(_Update), c_void_p, *gradients]
     library.snell_transpose.argtypes = [matrix, c_int64, c_int64, c_void_p, c_int32]
     library.snell_transpose.restype = None
     library.snell_edit.argtypes = [POINTER(_Edit), c_void_p]
@@ -142,7 +144,6 @@ def _struct(
     smooth_max: Tensor | None = None,
     of_rows: bool = False,
 ) -> _Update:
-    assert (smooth_max is None) == (spec.function.softmax_of is None)
     return _Update(
         B.shape[0],
         A.shape[0],
@@ -185,6 +186,21 @@ def select(A: Tensor, B: Tensor, theta: Tensor, spec: Spec, k: int, smooth_max: 
     tau = A.new_empty(())
     _check(_library.snell_select(byref(_struct(A, B, theta, None, spec, smooth_max)), k, tau.data_ptr()))
     return tau
+
+
+def smooth_max(A: Tensor, B: Tensor, theta: Tensor, spec: Spec) -> Tensor:
+    """The smooth maximum of each column of the K under the softmax."""
+    assert _library is not None
+    out = A.new_empty(A.shape[0])
+    _check(_library.snell_smooth_max(byref(_struct(A, B, theta, None, spec)), _address(out)))
+    return out
+
+
+def smooth_max_grad(grad: Tensor, update: Update, grads: Gradients) -> None:
+    """Add to the gradients of A, B and gamma, contiguous, from that of the update's smooth maxima."""
+    assert _library is not None
+    addresses = (t.data_ptr() for t in (grad, grads.A, grads.B, grads.theta[-1]))
+    _check(_library.snell_smooth_max_grad(byref(_of_update(update)), *addresses))
 
 
 def merge(update: Update, weight: Tensor | None, out: Tensor) -> None:

@@ -67,6 +67,17 @@ class Backend(ABC):
         """The k-th smallest \\|K\\| (k from 1) of the whole matrix. None: the caller counts in blocks."""
         return None
 
+    def smooth_max(self, A: Tensor, B: Tensor, theta: Tensor, spec: Spec) -> Tensor | None:
+        """The smooth maximum ``[n]`` of each column of the K under a softmax. None: the caller finds it in blocks."""
+        return None
+
+    def smooth_max_grad(self, grad: Tensor, update: Update, grads: Gradients) -> bool:
+        """Add to the gradients of A, B and gamma from ``grad [n]``, that of the update's smooth maxima.
+
+        False: the caller does it in blocks.
+        """
+        return False
+
     def forget(self) -> None:
         """Forget the thresholds that the backend remembers."""
         return None

@@ -37,6 +37,13 @@ class CpuBackend(Backend):
     def select(self, A: Tensor, B: Tensor, theta: Tensor, spec: Spec, k: int, smooth_max: Tensor | None) -> Tensor:
         return native.select(A.contiguous(), B.contiguous(), theta.contiguous(), spec, k, smooth_max)
 
+    def smooth_max(self, A: Tensor, B: Tensor, theta: Tensor, spec: Spec) -> Tensor:
+        return native.smooth_max(A.contiguous(), B.contiguous(), theta.contiguous(), spec)
+
+    def smooth_max_grad(self, grad: Tensor, update: Update, grads: Gradients) -> bool:
+        native.smooth_max_grad(grad.contiguous(), self.prepare(update), grads)
+        return True
+
     def prepare(self, update: Update) -> Update:
         A, B, theta = update[:3]
         # The smooth maxima are contiguous as they are computed.

@@ -40,6 +40,8 @@ def smooth_max(A: Tensor, B: Tensor, theta: Tensor, spec: Spec) -> Tensor:
 
 @torch.no_grad()
 def _compute(A: Tensor, B: Tensor, theta: Tensor, spec: Spec) -> Tensor:
+    if len(B) and (found := backends.of(A).smooth_max(A, B, theta, spec)) is not None:
+        return found
     out = A.new_full((A.shape[0],), -torch.inf)
     for columns, _, _, K in _blocks(A, B, theta, spec):
         out[columns] = of_matrix(K, theta[-1])
@@ -54,8 +56,10 @@ def smooth_max_backward(
 
     ``dK_ij = grad_j S_ij`` and ``dgamma = -sum_ij dK_ij log S_ij``. No entry is left out, so losers learn as well.
     """
-    gamma = guarded(theta[-1])
-    grads = Gradients.zeros(Update(A, B, theta, maxima, spec))
+    update, gamma = Update(A, B, theta, maxima, spec, smooth_max=maxima), guarded(theta[-1])
+    grads = Gradients.zeros(update)
+    if len(B) and backends.of(A).smooth_max_grad(grad, update, grads):
+        return grads.A, grads.B, grads.theta
     constants = torch.zeros_like(theta[:-3])
     for columns, backend, part, K in _blocks(A, B, theta, spec):
         log_S = K.sub_(maxima[columns]).div_(gamma)
