@@ -117,8 +117,8 @@ def _(weight, A, B, *_):
 
 
 @torch.library.register_fake("snell::merge_backward")
-def _(G, A, B, theta, tau, kernel, groups, gate, smooth_max=None):
-    return _empty(A, B, theta, smooth_max)
+def _(G, A, B, theta, *rest):
+    return _empty(A, B, theta, *rest[4:])
 
 
 @torch.library.register_fake("snell::linear")

@@ -33,8 +33,8 @@ def _(A, B, theta, kernel, groups):
 
 
 @_backward.register_fake
-def _(grad, maxima, A, B, theta, kernel, groups):
-    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (A, B, theta))
+def _(grad, maxima, *factors_and_settings):
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in factors_and_settings[:3])
 
 
 def _setup(ctx, inputs, output):

@@ -89,11 +89,10 @@ def _of_unit(
 
 
 def _mixture(s: list[_Statistic], theta: Tensor, eps: float, smooth_max: Tensor) -> _Scalar:
-    constants, scalars = theta[:-3], theta[-3:]
-    inner = _piecewise_linear(s, constants, eps)
-    K = torch.einsum("p,pij->ij", constants, torch.stack([norm for norm, _ in s]))
-    S = Softmax.of(K, inner.error, smooth_max, scalars[2], eps)
-    return _Scalar(*S.mixture(inner.error, inner.slopes, scalars, eps))
+    inner = _piecewise_linear(s, theta[:-3], eps)
+    K = torch.einsum("p,pij->ij", theta[:-3], torch.stack([norm for norm, _ in s]))
+    S = Softmax.of(K, inner.error, smooth_max, theta[-1], eps)
+    return _Scalar(*S.mixture(inner.error, inner.slopes, theta[-3:], eps))
 
 
 #: The error bounds of each kernel function's scalar arithmetic.
@@ -129,8 +128,8 @@ class Expected:
     def exact(self) -> Update:
         """The update in float64."""
         A, B, theta, tau = (t.detach().double() for t in self.update[:4])
-        maxima = None if self.update.smooth_max is None else self.update.smooth_max.detach().double()
-        return Update(A, B, theta, tau, self.update.spec, smooth_max=maxima)
+        maxima = self.update.smooth_max
+        return Update(A, B, theta, tau, self.update.spec, None, None if maxima is None else maxima.detach().double())
 
     def K(self) -> Tensor:
         """K in float64."""
@@ -153,8 +152,8 @@ class Expected:
 
     @cached_property
     def _scalar(self) -> _Scalar:
-        maxima = [] if self.exact.smooth_max is None else [self.exact.smooth_max]
-        return _ROWS[self.exact.spec.kernel](self._statistics, self.exact.theta, self.eps, *maxima)
+        _, _, theta, _, spec, _, maxima, _ = self.exact
+        return _ROWS[spec.kernel](self._statistics, theta, self.eps, *([] if maxima is None else [maxima]))
 
     def gates(self) -> tuple[Tensor, Tensor]:
         """Gates in float64, and their bound. An entry whose \\|K\\| is within rounding of tau may survive or not."""
@@ -185,11 +184,7 @@ class Expected:
         return value, rounded(value, bound, dtype)
 
     def gradients(self, G: Tensor, G_error: Tensor | float = 0.0) -> dict[str, tuple[Tensor, Tensor]]:
-        """Gradients of A, B, theta and smooth maxima for G, in float64, and their bounds.
-
-        Args:
-            G_error: bound on the G that the backend has, beside this one.
-        """
+        """Gradients of A, B, theta and smooth maxima for a G that is ``G_error`` off, in float64, and their bounds."""
         G_error = G_error + self.tf32_error(G.dtype) * G.double().abs()
         *factors, tau, spec, _, maxima, _ = self.exact
         A, B, theta = leaves = [t.clone().requires_grad_() for t in factors]
