@@ -81,10 +81,8 @@ class Off(BlockedBackend):
     def factor_grad(self, G, update, grads, weight=None, merged=None):
         of_tokens = isinstance(G, Activations)
         super().factor_grad(G, update, grads, weight, merged)
-        self.scale(
-            "factor_grad_of_tokens" if of_tokens else "factor_grad",
-            **{part: grad for part, grad in grads._asdict().items() if grad is not None},
-        )
+        named = {part: grad for part, grad in grads._asdict().items() if grad is not None}
+        self.scale("factor_grad_of_tokens" if of_tokens else "factor_grad", **named)
 
     def few_tokens(self, x, weight, bias, update):
         if x.shape[0] > FEW:
