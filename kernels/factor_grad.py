@@ -253,7 +253,8 @@ def factor_grad(
     """Add to ``grads``, with float32 factors; G, weight and merged may have any strides."""
     A, B, theta, tau, spec, _, maxima, _ = update
     (m, n), rank = G.shape, spec.rank
-    row = launch.row("factor_grad_many" if spec.num_statistics > 2 else "factor_grad", G)
+    many = spec.num_statistics > 2 or maxima is not None
+    row = launch.row("factor_grad_many" if many else "factor_grad", G)
     A, B = launch.k_major(A), launch.k_major(B)
     if not (grads.A.is_contiguous() and grads.B.is_contiguous()):
         raise ValueError("grad_A and grad_B must be contiguous")

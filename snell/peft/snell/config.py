@@ -33,7 +33,8 @@ class SnellConfig(TargetsConfig):
             alone get gradients; who survives is settled anew at every step. 0 switches the competition off.
         kernel: Kernel function kappa: ``piecewise_linear`` (the paper's), ``linear`` (LoRA's merge), ``sigmoid``,
             ``rbf`` or ``mixture`` (SNELLA's). A nonlinear one gives dW more rank than r.
-        groups: Groups the rank axis splits into for ``piecewise_linear`` and ``mixture``; their distances take alternating signs.
+        groups: Groups the rank axis splits into for ``piecewise_linear`` and ``mixture``; their distances take
+            alternating signs.
         gate: What a survivor is multiplied by: ``soft`` (\\|K\\| - threshold, the paper's), ``magnitude`` (\\|K\\|,
             the published code's) or ``hard`` (1: plain top-k).
         scale: Size of the kernel function's scalar parameters at the start, and so of dW: it acts on the update
