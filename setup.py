@@ -22,7 +22,7 @@ from setuptools.errors import CCompilerError, CompileError
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 ISAS = {"v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"], "v3": ["-march=x86-64-v3"]} if X86 else {}
-SIMD_SOURCES = [f"csrc/cpu/{name}.cpp" for name in ("merge", "select", "factor_grad", "red")]
+SIMD_SOURCES = [f"csrc/cpu/{name}.cpp" for name in ("merge", "select", "factor_grad", "softmax", "red")]
 FLAGS = ["-std=c++17", "-O3", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=off", "-Wall", "-g0"]
 FLAGS += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # GCC's own AVX-512 header trips them
 

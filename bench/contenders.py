@@ -37,9 +37,12 @@ class Published(nn.Module):
             bound = (factor.numel() / GROUPS) ** -0.5
             nn.init.uniform_(factor, -bound, bound)
 
-    def _merge(self, A: Tensor, B: Tensor) -> Tensor:
+    def _kernel_matrix(self, A: Tensor, B: Tensor) -> Tensor:
         pairs = zip(A.chunk(GROUPS, 1), B.chunk(GROUPS, 1), strict=True)
-        K = sum((-1) ** p * SCALE * torch.cdist(b, a) for p, (a, b) in enumerate(pairs))
+        return sum((-1) ** p * SCALE * torch.cdist(b, a) for p, (a, b) in enumerate(pairs))  # type: ignore[return-value]
+
+    def _merge(self, A: Tensor, B: Tensor) -> Tensor:
+        K = self._kernel_matrix(A, B)
         magnitude = K.detach().abs()
         threshold = float(torch.quantile(magnitude, SPARSITY))
         return K * torch.where(magnitude > threshold, magnitude, 0)
@@ -48,6 +51,20 @@ class Published(nn.Module):
         """``[..., n] -> [..., m]``."""
         delta = checkpoint(self._merge, self.A, self.B, use_reentrant=False)
         return nn.functional.linear(x, self.base.weight + delta.to(x.dtype), self.base.bias)
+
+
+class PublishedMixture(Published):
+    """The same for SNELLA: a softmax over each column's outputs is added, with three trained scalars."""
+
+    def __init__(self, base: nn.Linear, rank: int = RANK) -> None:
+        super().__init__(base, rank)
+        start = {"alpha": 1.0, "beta": 0.0, "gamma": 1.0}
+        for name, value in start.items():
+            self.register_parameter(name, nn.Parameter(torch.tensor([value], device=base.weight.device)))
+
+    def _kernel_matrix(self, A: Tensor, B: Tensor) -> Tensor:
+        K = super()._kernel_matrix(A, B)
+        return K + self.alpha * torch.softmax(K / self.gamma, 0) + self.beta
 
 
 class PlainRed(nn.Module):
@@ -142,6 +159,12 @@ ADAPT: dict[str, Adapt] = {
     "ia3": _ia3,
     "lora-edited": _lora_on_edited,
     "published": lambda model, rank: replaced(model.requires_grad_(False), lambda layer: Published(layer, rank)),
+    "mixture": _by_peft(
+        lambda **s: SnellConfig(**{"sparsity": SPARSITY, "groups": GROUPS, "scale": SCALE, "kernel": "mixture", **s})
+    ),
+    "published-mixture": lambda model, rank: replaced(
+        model.requires_grad_(False), lambda layer: PublishedMixture(layer, rank)
+    ),
 }
 
 
@@ -158,8 +181,9 @@ class _OneLayer(nn.Module):
 
 def one_layer(method: str, linear: nn.Linear, rank: int = RANK, **settings: Any) -> nn.Module:
     """``linear`` tuned by the method; SNELL as the drop-in layer, PEFT's methods without the model's wrapper."""
-    if method == "snell":
-        return snell_layers(_OneLayer(linear), rank, **settings).linear
+    if method in ("snell", "mixture"):
+        kernel = {"kernel": "mixture"} if method == "mixture" else {}
+        return snell_layers(_OneLayer(linear), rank, **kernel, **settings).linear
     model = ADAPT[method](_OneLayer(linear), rank, **settings)
     return (model.get_base_model() if isinstance(model, PeftModel) else model).linear
 

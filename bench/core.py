@@ -45,15 +45,15 @@ def new_update(m: int, n: int, rank: int, device: str, sparsity: float = 0.9) ->
 
 def select(update: Update) -> Tensor:
     """tau; remembered while the factors stay as they are."""
-    A, B, theta, _, spec, _ = update
+    A, B, theta, _, spec, *_ = update
     return functional.update(A, B, theta, spec).tau
 
 
 def select_together(updates: Sequence[Update]) -> Tensor:
-    """tau of every update, in one sequence of launches; all have one kernel function."""
+    """tau of every update, in one sequence of launches; all have one kernel function, and none but one a softmax."""
     from snell.kernels import selection
 
-    return selection.select_thresholds([(*update[:3], update.spec) for update in updates])[0]
+    return selection.select_thresholds([(*update[:3], update.spec) for update in updates], updates[0].smooth_max)[0]
 
 
 # How backward takes the survivors' G alone, which the CPU's backend does where that pays.

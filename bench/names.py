@@ -20,6 +20,8 @@ METHODS = {
     "shira": Shown("PEFT SHiRA", "#8172b3"),
     "full": Shown("full fine-tuning", "#5f6b7a"),
     "published": Shown("published SNELL", "#b0b7bf"),
+    "mixture": Shown("SNELL, mixture", "#17becf"),
+    "published-mixture": Shown("published SNELLA", "#8c6d31"),
 }
 
 #: The methods of ``snell bench red``.

@@ -244,7 +244,7 @@ def dots(groups: Sequence[Mapping[str, Any]], figure: Callable[[Any], float | No
     methods = [name for name in METHODS if name in groups[0]]
     series = []
     for index, method in enumerate(methods):
-        x = [group + (index - (len(methods) - 1) / 2) * 0.13 for group in range(len(groups))]
+        x = [group + (index - (len(methods) - 1) / 2) * min(0.13, 0.9 / len(methods)) for group in range(len(groups))]
         y = [None if "error" in group[method] else figure(group[method]) for group in groups]
         series.append(Series(y, x, *METHODS[method], "o"))
     return series

@@ -4,12 +4,13 @@
 
 enum SnellDtype : int32_t { SNELL_F32 = 0, SNELL_F64 = 1, SNELL_BF16 = 2, SNELL_F16 = 3 };
 
-// An update: factors A [n, rank] and B [m, rank], theta and tau, all contiguous and of one dtype (F32 or F64).
+// An update: factors A [n, rank] and B [m, rank], theta and tau, all contiguous and of one dtype (F32 or F64). So is
+// smooth_max, for a kernel function with a softmax: [n] of the columns, or [m] of the rows (`of_rows`).
 // `kernel` and `gate` are positions in the lists of names that snell_kernel_functions() and snell_gates() return.
 struct SnellUpdate {
   int64_t m, n, rank;
-  const void *A, *B, *theta, *tau;
-  int32_t dtype, kernel, groups, gate, threads;
+  const void *A, *B, *theta, *tau, *smooth_max;
+  int32_t dtype, kernel, groups, gate, threads, of_rows;
 };
 
 // A matrix [m, n] with contiguous rows; `stride` is the number of elements from row to row. Null data: no matrix.

@@ -34,6 +34,7 @@ _CHUNK = tl.constexpr(1024)
 def _count(
     factors_ptr,
     theta_ptr,
+    max_ptr,
     state_ptr,
     bucket_ptr,
     stride,
@@ -57,7 +58,7 @@ def _count(
     at_hi = tl.zeros([BLOCK_N], tl.int32)
     for tile in tl.range(start, tl.cdiv(m, BLOCK_M) * tl.cdiv(n, BLOCK_N), step, disable_licm=True):
         indices = tile_indices(tile, m, n, BLOCK_M, BLOCK_N)
-        key = keys(factors_ptr, theta_ptr, stride, n, indices, RANK, GROUPS, STATISTIC, KERNEL)
+        key = keys(factors_ptr, theta_ptr, max_ptr, stride, n, indices, RANK, GROUPS, STATISTIC, KERNEL)
         mask = indices[2] & indices[3]
         below += tl.sum((mask & (key < lo)).to(tl.int32), 0)
         at_lo += tl.sum((mask & (key == lo)).to(tl.int32), 0)
@@ -133,6 +134,7 @@ def _choose(
 def count_kernel(
     factors_ptr,
     theta_ptr,
+    max_ptr,
     state_ptr,
     memo_ptr,
     bucket_ptr,
@@ -163,8 +165,8 @@ def count_kernel(
     shift = fresh(state_ptr + SHIFT)
     while shift >= 0:
         _count(
-            factors_ptr, theta_ptr, state_ptr, bucket_ptr, stride, m, n, bucket, start, step, RANK, GROUPS, STATISTIC,
-            KERNEL, BLOCK_M, BLOCK_N,
+            factors_ptr, theta_ptr, max_ptr, state_ptr, bucket_ptr, stride, m, n, bucket, start, step, RANK, GROUPS,
+            STATISTIC, KERNEL, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         shift = tl.full([], -1, tl.int64)
         if is_last(state_ptr + ARRIVED, step):

@@ -27,9 +27,18 @@ from torch import Tensor
 
 from snell import waves
 from snell.kernels import launch, rectangles
-from snell.kernels.kappa import gate_value, kernel_value, pair_statistic, pair_statistics, statistic_slope, theta_slope
+from snell.kernels.kappa import (
+    gate_value,
+    inner_value,
+    pair_statistic,
+    pair_statistics,
+    softmax_terms,
+    statistic_slope,
+    theta_slope,
+)
 from snell.kernels.merge import add_update, tile_pointers
 from snell.kernels.shares import add_all_shares, add_shares, is_last
+from snell.kernels.softmax import softmax_grad
 from snell.spec import Spec
 from snell.update import Gradients, Update
 
@@ -108,6 +117,7 @@ def factor_grad_kernel(
     b_ptr,
     theta_ptr,
     tau_ptr,
+    max_ptr,
     G_ptr,
     weight_ptr,
     merged_ptr,
@@ -173,7 +183,10 @@ def factor_grad_kernel(
         cols = ((column * wide + j) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
         tile = rows, cols, rows < m, cols < n
         statistics = pair_statistics(factors, tile, RANK, GROUPS, STATISTIC)
-        K = kernel_value(statistics, theta_ptr, KERNEL)
+        K = inner_value(statistics, theta_ptr, KERNEL)
+        if max_ptr is not None:
+            terms = softmax_terms(K, theta_ptr, max_ptr, tile, GROUPS)
+            K = terms[0]
         gate = gate_value(K, tau_ptr, GATE)
         mask = (rows < m) & (cols < n)
         G = tl.load(tile_pointers(G_ptr, rows, cols, G_row_stride, G_col_stride), mask, 0.0)
@@ -189,6 +202,8 @@ def factor_grad_kernel(
                 merged = (K * gate).to(out_dtype)
             tl.store(tile_pointers(merged_ptr, rows, cols, merged_row_stride, merged_col_stride), merged, mask)
         # Padding has factors of 0, and so may have a K of its own: its H must not count.
+        if max_ptr is not None:
+            H = H * terms[1]
         H = tl.where(mask, H, 0.0)
         known_cols = n if OWNS_COLUMNS else tl.where(i > 0, n, 0)
         known_rows = m if OWNS_ROWS else tl.where(j > 0, m, 0)
@@ -236,19 +251,24 @@ def factor_grad(
     G: Tensor, update: Update, grads: Gradients, weight: Tensor | None = None, merged: Tensor | None = None
 ) -> None:
     """Add to ``grads``, with float32 factors; G, weight and merged may have any strides."""
-    A, B, theta, tau, spec, _ = update
+    A, B, theta, tau, spec, _, maxima, _ = update
     (m, n), rank = G.shape, spec.rank
-    row = launch.row("factor_grad_many" if spec.num_statistics > 2 else "factor_grad", G)
+    many = spec.num_statistics > 2 or maxima is not None
+    row = launch.row("factor_grad_many" if many else "factor_grad", G)
     A, B = launch.k_major(A), launch.k_major(B)
     if not (grads.A.is_contiguous() and grads.B.is_contiguous()):
         raise ValueError("grad_A and grad_B must be contiguous")
+    num_theta = theta.numel()
+    if maxima is not None:
+        softmax_grad(G, update, grads)
+        num_theta = 0
     plan = rectangles.plan(m, n, rank, row, waves.num_processors(G.device), rectangles.budget(G))
     for start in range(0, m, plan.height):
         stop = min(start + plan.height, m)
         rows = stop - start
         down, across = -(-rows // (plan.tall * row.block_m)), -(-n // (plan.wide * row.block_n))
         parts = grads.A, grads.B[start:stop], grads.theta
-        sizes = down * n * rank * (down > 1), across * rows * rank * (across > 1), down * across * theta.numel()
+        sizes = down * n * rank * (down > 1), across * rows * rank * (across > 1), down * across * num_theta
         shares = [torch.empty(size, dtype=torch.float32, device=G.device) for size in sizes]
         adds = rectangles.adds(plan, row, rank, down, across)
         arrived = torch.zeros((down + across + 1) if adds else 0, dtype=torch.int64, device=G.device)
@@ -259,14 +279,14 @@ def factor_grad(
         launch.run(
             factor_grad_kernel,
             down * across,
-            (A, b, theta, tau, g, w, out, *shares, *parts, arrived, *strides, rows, n, plan.tall, plan.wide),
+            (A, b, theta, tau, maxima, g, w, out, *shares, *parts, arrived, *strides, rows, n, plan.tall, plan.wide),
             row,
             HAS_WEIGHT=weight is not None,
             HAS_MERGED=merged is not None,
             OWNS_COLUMNS=down == 1,
             OWNS_ROWS=across == 1,
             ADDS=adds,
-            NUM_THETA=theta.numel(),
+            NUM_THETA=num_theta,
             GATE=spec.gate,
             PRECISION="tf32" if G.element_size() == 2 else "tf32x3",
             BLOCK_R=block_r(spec),

@@ -33,6 +33,7 @@ def few_tokens_kernel(
     b_ptr,
     theta_ptr,
     tau_ptr,
+    max_ptr,
     weight_ptr,
     split_ptr,
     a_stride,
@@ -68,7 +69,7 @@ def few_tokens_kernel(
         rows += still
         factors, indices = (b_ptr, a_ptr, b_stride, a_stride), (rows, cols, row_mask, col_mask)
         statistics = pair_statistics(factors, indices, RANK, GROUPS, STATISTIC)
-        K = kernel_value(statistics, theta_ptr, KERNEL)
+        K = kernel_value(statistics, theta_ptr, max_ptr, indices, GROUPS, KERNEL)
         gate = gate_value(K, tau_ptr, GATE)
         if start is not None:
             K = less_start(K, gate, start, indices, RANK, GROUPS, STATISTIC, KERNEL, GATE)
@@ -104,7 +105,7 @@ def add_splits_kernel(split_ptr, bias_ptr, y_ptr, splits, size, m, HAS_BIAS: tl.
 
 def linear_few(x: Tensor, weight: Tensor | None, bias: Tensor | None, update: Update) -> Tensor:
     """y [tokens, m] of ``x [tokens, n]``, tokens <= TOKENS, with float32 factors and x below float64."""
-    A, B, theta, tau, spec, _ = update
+    A, B, theta, tau, spec, _, maxima, _ = update
     (tokens, n), m = x.shape, B.shape[0]
     row = launch.row("few_tokens", x)
     x, A, B = x.contiguous(), launch.k_major(A), launch.k_major(B)
@@ -116,7 +117,7 @@ def linear_few(x: Tensor, weight: Tensor | None, bias: Tensor | None, update: Up
     launch.run(
         few_tokens_kernel,
         (down, splits),
-        (x, A, B, theta, tau, source, sums, A.stride(1), B.stride(1), *source.stride(), tokens, m, n, 0, start),
+        (x, A, B, theta, tau, maxima, source, sums, A.stride(1), B.stride(1), *source.stride(), tokens, m, n, 0, start),
         row,
         GATE=spec.gate,
         HAS_WEIGHT=weight is not None,

@@ -20,8 +20,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from snell.kernel_functions import GAMMA_LEAST
+
 #: The statistic each kernel function reads: ``dot`` (b . a), ``square`` (|b - a|^2) or ``norm`` (|b - a|).
-STATISTICS = {"piecewise_linear": "norm", "linear": "dot", "sigmoid": "dot", "rbf": "square"}
+STATISTICS = {"piecewise_linear": "norm", "linear": "dot", "sigmoid": "dot", "rbf": "square", "mixture": "norm"}
+
+#: The least \|gamma\| of a softmax: GAMMA_LEAST of ``snell.kernel_functions``.
+_LEAST = tl.constexpr(GAMMA_LEAST)
 
 #: The rank up to which loops are unrolled whole: 64 columns are already 80 kB of code.
 UNROLLED = tl.constexpr(64)
@@ -115,14 +120,37 @@ def kernel_function(statistic, theta_ptr, p, K, H, KERNEL: tl.constexpr):
         return sigmoid(statistic, theta_ptr, p, K, H)
     if KERNEL == "rbf":
         return rbf(statistic, theta_ptr, p, K, H)
+    if KERNEL == "mixture":
+        return piecewise_linear(statistic, theta_ptr, p, K, H)
 
 
 @triton.jit
-def kernel_value(statistics, theta_ptr, KERNEL: tl.constexpr):
-    """K."""
+def inner_value(statistics, theta_ptr, KERNEL: tl.constexpr):
+    """K, or what is under the softmax."""
     K = tl.zeros_like(statistics[0])
     for p in tl.static_range(len(statistics)):
         terms = kernel_function(statistics[p], theta_ptr, p, K, K, KERNEL)
+        K = terms[0]
+    return K
+
+
+@triton.jit
+def softmax_terms(K, theta_ptr, max_ptr, tile, GROUPS: tl.constexpr):
+    """K + alpha S + beta, its slope by K, the exponent (K - L) / gamma with the columns' smooth maxima L, and S."""
+    zero = tl.zeros_like(K)
+    alpha, beta, gamma = scalars(theta_ptr + GROUPS, zero)
+    gamma = tl.where(tl.abs(gamma) < _LEAST, tl.where(gamma < 0.0, -_LEAST, _LEAST), gamma)
+    exponent = (K - tl.load(max_ptr + tile[1], tile[3], 0.0)) / gamma
+    unit = tl.exp(exponent)
+    return tl.fma(alpha, unit, K) + beta, 1.0 + alpha * unit / gamma, exponent, unit
+
+
+@triton.jit
+def kernel_value(statistics, theta_ptr, max_ptr, tile, GROUPS: tl.constexpr, KERNEL: tl.constexpr):
+    """K."""
+    K = inner_value(statistics, theta_ptr, KERNEL)
+    if max_ptr is not None:
+        terms = softmax_terms(K, theta_ptr, max_ptr, tile, GROUPS)
         K = terms[0]
     return K
 
@@ -156,9 +184,9 @@ def less_start(
     GATE: tl.constexpr,
 ):
     """K * gate less the same of the start's entries (``launch.start``): 0 where both are equal."""
-    a_ptr, b_ptr, theta_ptr, tau_ptr, a_stride, b_stride = start
+    a_ptr, b_ptr, theta_ptr, tau_ptr, max_ptr, a_stride, b_stride = start
     statistics = pair_statistics((b_ptr, a_ptr, b_stride, a_stride), tile, RANK, GROUPS, STATISTIC)
-    first = kernel_value(statistics, theta_ptr, KERNEL)
+    first = kernel_value(statistics, theta_ptr, max_ptr, tile, GROUPS, KERNEL)
     return K * gate - first * gate_value(first, tau_ptr, GATE)
 
 

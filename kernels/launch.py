@@ -57,7 +57,7 @@ def start(update: Update) -> tuple | None:
         return None
     A, B, theta, tau = update.start[:4]
     A, B = k_major(A), k_major(B)
-    return A, B, theta, tau, A.stride(1), B.stride(1)
+    return A, B, theta, tau, update.start.smooth_max, A.stride(1), B.stride(1)
 
 
 def tiles(m: int, n: int, row: Row) -> int:

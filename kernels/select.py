@@ -49,6 +49,7 @@ def layer_of_program(factors_ptr, theta_ptr, state_ptr, m, n, NUM_THETA: tl.cons
 def keys(
     factors_ptr,
     theta_ptr,
+    max_ptr,
     stride,
     n,
     tile,
@@ -59,7 +60,8 @@ def keys(
 ):
     factors = factors_ptr + n, factors_ptr, stride, stride
     statistics = pair_statistics(factors, tile, RANK, GROUPS, STATISTIC)
-    return kernel_value(statistics, theta_ptr, KERNEL).to(tl.int32, bitcast=True) & LARGEST
+    K = kernel_value(statistics, theta_ptr, max_ptr, tile, GROUPS, KERNEL)
+    return K.to(tl.int32, bitcast=True) & LARGEST
 
 
 @triton.jit
@@ -109,6 +111,7 @@ def settle(state_ptr, memo_ptr, tau_ptr, salt, key, HAS_MEMO: tl.constexpr):
 def bracket_kernel(
     factors_ptr,
     theta_ptr,
+    max_ptr,
     state_ptr,
     memo_ptr,
     sample_ptr,
@@ -152,7 +155,7 @@ def bracket_kernel(
         cols = draw_col.to(tl.uint32, bitcast=True).to(tl.int64) % n
         mask = i < samples
         tile = rows, cols, mask, mask
-        drawn = keys(factors_ptr, theta_ptr, stride, n, tile, RANK, GROUPS, STATISTIC, KERNEL)
+        drawn = keys(factors_ptr, theta_ptr, max_ptr, stride, n, tile, RANK, GROUPS, STATISTIC, KERNEL)
         tl.store(sample_ptr + i, drawn, mask)
     if is_last(state_ptr + ARRIVED, tl.num_programs(0)):
         known = tl.full([], 0, tl.int1)

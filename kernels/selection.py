@@ -122,16 +122,17 @@ def _calls(plans: Sequence[_Plan], spec: Spec) -> Iterator[list[int]]:
         yield from (members[start : start + count] for start in range(0, len(members), count))
 
 
-def select_thresholds(layers: Sequence[Parameters]) -> tuple[Tensor, Tensor]:
+def select_thresholds(layers: Sequence[Parameters], smooth_max: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """tau (float32) and fingerprint (int64) of every layer, ``[len(layers)]`` each, like layers in shared launches.
 
     Args:
         layers: float32 ``A [n, r]``, ``B [m, r]``, ``theta [t]`` and their make-up, of one device, rank, kernel
             function and number of groups; every sparsity lies in (0, 1).
+        smooth_max: ``[n]`` of the only layer, if its kernel function has a softmax.
     """
     plans = [_plan(layer) for layer in layers]
     calls = list(_calls(plans, layers[0][3]))
-    found = [_select([layers[i] for i in call], plans[call[0]]) for call in calls]
+    found = [_select([layers[i] for i in call], plans[call[0]], smooth_max) for call in calls]
     if len(found) == 1:
         return found[0]
     order = sorted(range(len(layers)), key=[i for call in calls for i in call].__getitem__)
@@ -139,7 +140,7 @@ def select_thresholds(layers: Sequence[Parameters]) -> tuple[Tensor, Tensor]:
     return torch.stack([taus[i] for i in order]), torch.stack([fingerprints[i] for i in order])
 
 
-def _select(layers: Sequence[Parameters], plan: _Plan) -> tuple[Tensor, Tensor]:
+def _select(layers: Sequence[Parameters], plan: _Plan, smooth_max: Tensor | None) -> tuple[Tensor, Tensor]:
     """The taus of layers with one plan, and a view of their fingerprints."""
     (A, B, theta, spec), number = layers[0], len(layers)
     device, num_theta = A.device, theta.numel()
@@ -162,7 +163,22 @@ def _select(layers: Sequence[Parameters], plan: _Plan) -> tuple[Tensor, Tensor]:
     launch.run(
         select.bracket_kernel,
         (max(hashing, triton.cdiv(plan.samples, BLOCK)), number),
-        (factors, theta, state, slot, samples, taus, stride, plan.m, plan.n, plan.samples, plan.low, plan.high, salt),
+        (
+            factors,
+            theta,
+            smooth_max,
+            state,
+            slot,
+            samples,
+            taus,
+            stride,
+            plan.m,
+            plan.n,
+            plan.samples,
+            plan.low,
+            plan.high,
+            salt,
+        ),
         SAMPLES=SAMPLES,
         BLOCK=BLOCK,
         COLUMNS=COLUMNS,
@@ -176,7 +192,7 @@ def _select(layers: Sequence[Parameters], plan: _Plan) -> tuple[Tensor, Tensor]:
         launch.run(
             count.count_kernel,
             (programs, number),
-            (factors, theta, state, slot, bucket, taus, *sizes, int(count_pass == PASSES - 1)),
+            (factors, theta, smooth_max, state, slot, bucket, taus, *sizes, int(count_pass == PASSES - 1)),
             row,
             BUCKET=BUCKET,
             BLOCK_M=row.block_m,

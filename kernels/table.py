@@ -25,7 +25,7 @@ _MERGE = Row(64, 64, 8)
 _SELECT = Row(8, 256, 4)
 #: As merge; its two products take 168 registers a thread with a half-precision G, and 32 entries spill.
 _FACTOR_GRAD = Row(64, 64, 8)
-#: More than two groups: 8 entries a thread, or their norms spill; 3 blocks a multiprocessor.
+#: More than two groups, or a softmax: 8 entries a thread, or their norms spill; 3 blocks a multiprocessor.
 _FACTOR_GRAD_MANY = Row(32, 32, 4)
 #: As merge: 64 rows feed one matrix instruction, and its columns are walked in strides of 64.
 _FEW_TOKENS = Row(64, 64, 8)

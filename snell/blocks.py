@@ -144,7 +144,7 @@ def linear_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, update
 def linear_backward(
     grad_y: Tensor, x: Tensor | None, weight: Tensor | None, update: Update, needs: Needs
 ) -> list[Tensor]:
-    """The gradients that are needed, in this order: x, weight, bias, and then A, B and theta together."""
+    """The gradients that are needed, in this order: x, weight, bias, and then A, B, theta and smooth_max together."""
     m, n = update.shape
     dy = _as_matrix(grad_y, m)
     grad_x = dy.new_empty(*grad_y.shape[:-1], n) if needs.x else None
@@ -166,8 +166,9 @@ def linear_backward(
         workspace = dy.new_empty(m * longest(cols))
         dx = None if grad_x is None or not needs.x else _as_matrix(grad_x, n)
         matrices = (weight, 1), (x2 if need_G else None, 1), (dx, 1), (grad_weight, 1)
-        lines = (None if grads is None else grads.A, 0), (None if products is None else products.x, 0)
-        for part, W_block, x_block, dx_block, dW_block, dA_block, products_block in _blocks(
+        dA, dmax = (None, None) if grads is None else (grads.A, grads.smooth_max)
+        lines = (dA, 0), (dmax, 0), (None if products is None else products.x, 0)
+        for part, W_block, x_block, dx_block, dW_block, dA_block, dmax_block, products_block in _blocks(
             cols, n, (update, 1), *matrices, *lines
         ):
             block = _block(workspace, weight, m, part.A.shape[0])
@@ -178,7 +179,7 @@ def linear_backward(
             if grads is not None:
                 G = block if products is None else products.with_columns(products_block)
                 merged = (W_block, block) if needs.x else (None, None)
-                backend.factor_grad(G, part, grads.with_columns(dA_block), *merged)
+                backend.factor_grad(G, part, grads.with_columns(dA_block, dmax_block), *merged)
             elif needs.x:
                 backend.merge(part, W_block, block)
             if dx_block is not None:

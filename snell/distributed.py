@@ -15,7 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from snell import softmax
 from snell.competition.processes import select_among
+from snell.kernel_functions import smooth_max
 from snell.spec import Spec
 from snell.update import Update
 
@@ -58,11 +60,19 @@ class Split(NamedTuple):
 
         Differentiable: the factors' gradients are summed over all pieces.
         """
-        tau = select_among(self.group, self._pieces(A.detach(), B.detach()), A, B, theta, spec)
+        whole = A, B, theta
         A, B, theta = _SumGradients.apply(self.group, A, B, theta)
+        pieces = self._pieces(A, B)
+        maxima = softmax.smooth_max(*pieces, theta, spec)
+        if maxima is not None and self.axis == 0:
+            # Of each process's rows. Their smooth maximum, in turn, is that of all rows; the last may have no rows.
+            count = -(-len(B) // -(-len(B) // self.group.size()))
+            maxima = smooth_max(_Gather.apply(self.group, maxima)[:count], theta[-1])
+        constants = None if maxima is None else maxima.detach()
+        tau = select_among(self.group, (pieces[0].detach(), pieces[1].detach()), *whole, spec, constants)
         if start is not None:
             start = start.columns(self.held) if self.axis else start.rows(self.held)
-        return Update(*self._pieces(A, B), theta, tau, spec.applied, start)
+        return Update(*pieces, theta, tau, spec.applied, start, maxima)
 
     def _pieces(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         return (A, B[self.held]) if self.axis == 0 else (A[self.held], B)
@@ -114,6 +124,23 @@ class _SumGradients(torch.autograd.Function):
             next(sums).view_as(grad) if need else None
             for grad, need in zip(grads, ctx.needs_input_grad[1:], strict=True)
         )
+
+
+class _Gather(torch.autograd.Function):
+    """Every process's tensor, stacked. Gradients are summed over the group."""
+
+    @staticmethod
+    def forward(ctx: Any, group: dist.ProcessGroup, tensor: Tensor) -> Tensor:
+        ctx.group = group
+        parts = [torch.empty_like(tensor) for _ in range(group.size())]
+        dist.all_gather(parts, tensor, group=group)
+        return torch.stack(parts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad, group=ctx.group)
+        return None, grad[ctx.group.rank()]
 
 
 class _Sum(torch.autograd.Function):

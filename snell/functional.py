@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from snell import ops, red
+from snell import ops, red, softmax
 from snell.spec import Spec
 from snell.update import Update
 
@@ -87,7 +87,7 @@ def select_threshold(A: Tensor, B: Tensor, theta: Tensor, *, sparsity: float, ke
         B: ``[m, r]`` of A's dtype and device.
         theta: ``[t]`` of A's dtype: the kernel function's scalar parameters.
         sparsity: share of the entries that are set to 0, in [0, 1); at 0 tau is 0 and all entries are kept.
-        kernel: ``piecewise_linear``, ``linear``, ``sigmoid`` or ``rbf``.
+        kernel: ``piecewise_linear``, ``linear``, ``sigmoid``, ``rbf`` or ``mixture``.
         groups: number of contiguous groups of the rank axis.
 
     Returns:
@@ -108,8 +108,13 @@ def select_threshold(A: Tensor, B: Tensor, theta: Tensor, *, sparsity: float, ke
 
 def update(A: Tensor, B: Tensor, theta: Tensor, spec: Spec, start: Update | None = None) -> Update:
     """The update with its threshold, from factors that need no checks. A layer builds it in each forward."""
-    tau = ops.select_threshold(A, B, theta, spec) if spec.sparsity else A.new_zeros(())
-    return Update(A, B, theta, tau, spec.applied, start)
+    maxima = softmax.smooth_max(A, B, theta, spec)
+    tau = ops.select_threshold(A, B, theta, spec, maxima) if spec.sparsity else A.new_zeros(())
+    return Update(A, B, theta, tau, spec.applied, start, maxima)
+
+
+def _given(A: Tensor, B: Tensor, theta: Tensor, tau: Tensor, spec: Spec) -> Update:
+    return Update(A, B, theta, tau, spec, smooth_max=softmax.smooth_max(A, B, theta, spec))
 
 
 def merge(
@@ -142,7 +147,7 @@ def merge(
     _check_tau(tau, A)
     if weight is not None:
         _check_weight(weight, A, B)
-    return ops.merge(weight, Update(A.contiguous(), B.contiguous(), theta.contiguous(), tau, spec))
+    return ops.merge(weight, _given(A.contiguous(), B.contiguous(), theta.contiguous(), tau, spec))
 
 
 def dense(update: Update, rows: slice | None = None, weight: Tensor | None = None) -> Tensor:
@@ -193,7 +198,7 @@ def snell_linear(
     A, B, theta = A.contiguous(), B.contiguous(), theta.contiguous()
     if tau is not None:
         _check_tau(tau, A)
-        return linear(x, weight, bias, Update(A, B, theta, tau, spec.applied))
+        return linear(x, weight, bias, _given(A, B, theta, tau, spec.applied))
     for name, tensor in (("A", A), ("B", B), ("theta", theta)):
         _check_finite(name, tensor)
     return linear(x, weight, bias, update(A, B, theta, spec))

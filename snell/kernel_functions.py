@@ -12,7 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["KERNEL_FUNCTIONS", "KernelFunction"]
+__all__ = ["GAMMA_LEAST", "KERNEL_FUNCTIONS", "KernelFunction"]
+
+#: The least \|gamma\| of a softmax; values nearer to 0 are moved to it. One unit in the last place of K = 1 then
+#: changes an exponent by 1/8.
+GAMMA_LEAST = 2.0**-20
 
 
 def _distance(B: Tensor, A: Tensor) -> Tensor:
@@ -37,14 +41,18 @@ class KernelFunction:
         grouped: whether there is one statistic per group of the rank axis, or only one.
         trains_theta: whether the scalar parameters are trained by default.
         initial_theta: ``(groups, scale) ->`` the initial scalar parameters.
-        value: ``(statistics, theta) -> K``, elementwise over ``[m, n]`` statistics and differentiable.
+        value: ``(statistics, theta) -> K``, elementwise over ``[m, n]`` statistics and differentiable. With a softmax
+            its third argument is ``smooth_max``, ``[n]`` or ``[m, 1]``.
+        softmax_of: the kernel function whose softmax over each column is a part of K. Its theta is the first part of
+            theta; alpha, beta and gamma follow. None: K_ij depends on ``B_i`` and ``A_j`` alone.
     """
 
     statistic: str
     grouped: bool
     trains_theta: bool
     initial_theta: Callable[[int, float], list[float]]
-    value: Callable[[Sequence[Tensor], Tensor], Tensor]
+    value: Callable[..., Tensor]
+    softmax_of: str | None = None
 
     def num_statistics(self, groups: int) -> int:
         """Number of statistics that :attr:`value` takes."""
@@ -54,6 +62,10 @@ class KernelFunction:
         """The statistics of all pairs of rows of ``B [m, r]`` and ``A [n, r]``, each ``[m, n]``."""
         count, pair = self.num_statistics(groups), _STATISTICS[self.statistic]
         return [pair(b, a) for b, a in zip(B.chunk(count, 1), A.chunk(count, 1), strict=True)]
+
+
+def _signs(groups: int, scale: float) -> list[float]:
+    return [scale * (-1.0) ** p for p in range(groups)]
 
 
 def _piecewise_linear(statistics: Sequence[Tensor], theta: Tensor) -> Tensor:
@@ -74,12 +86,38 @@ def _rbf(statistics: Sequence[Tensor], theta: Tensor) -> Tensor:
     return alpha * torch.exp(-beta * statistics[0].square()) + gamma
 
 
+def guarded(gamma: Tensor) -> Tensor:
+    """gamma, moved to +-GAMMA_LEAST where it is nearer to 0. The derivative is that of gamma itself."""
+    sign = torch.where(gamma.detach() < 0, -1.0, 1.0)
+    return torch.where(gamma.abs() < GAMMA_LEAST, gamma - gamma.detach() + sign * GAMMA_LEAST, gamma)
+
+
+def smooth_max(K: Tensor, gamma: Tensor) -> Tensor:
+    """``gamma log sum_i exp(K_ij / gamma)`` of each column of ``K [m, n]``; gamma is guarded."""
+    gamma = guarded(gamma)
+    # The largest exponent is 0, so nothing overflows: K / gamma itself may.
+    top = torch.where(gamma > 0, K.amax(0), K.amin(0)).detach()
+    return top + gamma * ((K - top) / gamma).exp().sum(0).log()
+
+
+def _mixture(statistics: Sequence[Tensor], theta: Tensor, smooth_max: Tensor) -> Tensor:
+    alpha, beta, gamma = theta[-3:]
+    K = _piecewise_linear(statistics, theta[:-3].detach())
+    return K + alpha * torch.exp((K - smooth_max) / guarded(gamma)) + beta
+
+
 # theta of sigmoid and rbf is alpha, beta, gamma. gamma starts at the value that makes kappa(0, 0) = 0.
 KERNEL_FUNCTIONS: dict[str, KernelFunction] = {
-    "piecewise_linear": KernelFunction(
-        "distance", True, False, lambda groups, scale: [scale * (-1.0) ** p for p in range(groups)], _piecewise_linear
-    ),
+    "piecewise_linear": KernelFunction("distance", True, False, _signs, _piecewise_linear),
     "linear": KernelFunction("dot", False, False, lambda groups, scale: [], lambda statistics, theta: statistics[0]),
     "sigmoid": KernelFunction("dot", False, True, lambda groups, scale: [scale, 1.0, -scale / 2], _sigmoid),
     "rbf": KernelFunction("distance", False, True, lambda groups, scale: [scale, 1.0, -scale], _rbf),
+    "mixture": KernelFunction(
+        "distance",
+        True,
+        True,
+        lambda groups, scale: [*_signs(groups, scale), 1.0, 0.0, 1.0],
+        _mixture,
+        "piecewise_linear",
+    ),
 }

@@ -38,7 +38,7 @@ class SnellLinear(nn.Module):
         bias: whether the layer has a (frozen) bias.
         rank: columns r of the factors; a multiple of ``groups``.
         sparsity: share of the entries of dW that are zero, in [0, 1); at 0 dW = K.
-        kernel: kernel function: ``piecewise_linear``, ``linear``, ``sigmoid`` or ``rbf``.
+        kernel: kernel function: ``piecewise_linear``, ``linear``, ``sigmoid``, ``rbf`` or ``mixture``.
         groups: groups P that the rank axis splits into (the paper uses 2).
         gate: ``soft`` (the paper's), ``magnitude`` (the published code's) or ``hard`` (top-k).
         scale: size of the kernel function's scalar parameters at the start; by default as the gate says: 3 for

@@ -36,7 +36,8 @@ class Merged(NamedTuple):
     def of(cls, update: Update) -> Merged:
         """The record of an update that is not in a weight yet. It has copies, which training does not change."""
         A, B, theta, tau = (t.detach().clone() for t in update[:4])
-        return cls(Update(A, B, theta, tau, update.spec, update.start), [])
+        maxima = None if update.smooth_max is None else update.smooth_max.detach().clone()
+        return cls(update._replace(A=A, B=B, theta=theta, tau=tau, smooth_max=maxima), [])
 
     @torch.no_grad()
     def put_in(self, weight: Tensor) -> None:

@@ -29,8 +29,8 @@ TOKENS = 16
 class _Update(Structure):
     _fields_ = [
         *((name, c_int64) for name in ("m", "n", "rank")),
-        *((name, c_void_p) for name in ("A", "B", "theta", "tau")),
-        *((name, c_int32) for name in ("dtype", "kernel", "groups", "gate", "threads")),
+        *((name, c_void_p) for name in ("A", "B", "theta", "tau", "smooth_max")),
+        *((name, c_int32) for name in ("dtype", "kernel", "groups", "gate", "threads", "of_rows")),
     ]
 
 
@@ -75,7 +75,9 @@ def _declare(library: ctypes.CDLL) -> None:
     matrix = POINTER(_Matrix)
     gradients = [c_void_p] * 3
     updates = [POINTER(_Update)] * 2
-    library.snell_factor_grad.argtypes = [*updates, matrix, POINTER(_Tokens), matrix, matrix, *gradients]
+    library.snell_factor_grad.argtypes = [*updates, matrix, POINTER(_Tokens), matrix, matrix, *gradients, c_void_p]
+    library.snell_smooth_max.argtypes = [POINTER(_Update), c_void_p]
+    library.snell_smooth_max_grad.argtypes = [POINTER(_Update), c_void_p, *gradients]
     library.snell_transpose.argtypes = [matrix, c_int64, c_int64, c_void_p, c_int32]
     library.snell_transpose.restype = None
     library.snell_edit.argtypes = [POINTER(_Edit), c_void_p]
@@ -133,7 +135,15 @@ def _address(tensor: Tensor) -> int:
     return address
 
 
-def _struct(A: Tensor, B: Tensor, theta: Tensor, tau: Tensor | None, spec: Spec) -> _Update:
+def _struct(
+    A: Tensor,
+    B: Tensor,
+    theta: Tensor,
+    tau: Tensor | None,
+    spec: Spec,
+    smooth_max: Tensor | None = None,
+    of_rows: bool = False,
+) -> _Update:
     return _Update(
         B.shape[0],
         A.shape[0],
@@ -142,17 +152,23 @@ def _struct(A: Tensor, B: Tensor, theta: Tensor, tau: Tensor | None, spec: Spec)
         _address(B),
         theta.data_ptr(),  # empty for a kernel function without parameters
         None if tau is None else _address(tau),
+        None if smooth_max is None else _address(smooth_max),
         _DTYPES[A.dtype],
         _KERNELS[spec.kernel],
         spec.groups,
         _GATES[spec.gate],
         torch.get_num_threads(),
+        of_rows,
     )
+
+
+def _of_update(update: Update) -> _Update:
+    return _struct(*update[:5], update.smooth_max, update.of_rows)
 
 
 def _structs(update: Update) -> tuple:
     """The update and its start, by reference."""
-    return byref(_struct(*update[:5])), None if update.start is None else byref(_struct(*update.start[:5]))
+    return byref(_of_update(update)), None if update.start is None else byref(_of_update(update.start))
 
 
 def _matrix(matrix: Tensor | None) -> _Matrix:
@@ -164,12 +180,27 @@ def _check(status: int) -> None:
         raise MemoryError("snell's native library could not allocate its workspace")
 
 
-def select(A: Tensor, B: Tensor, theta: Tensor, spec: Spec, k: int) -> Tensor:
+def select(A: Tensor, B: Tensor, theta: Tensor, spec: Spec, k: int, smooth_max: Tensor | None = None) -> Tensor:
     """The k-th smallest \\|K\\| (k from 1)."""
     assert _library is not None
     tau = A.new_empty(())
-    _check(_library.snell_select(byref(_struct(A, B, theta, None, spec)), k, tau.data_ptr()))
+    _check(_library.snell_select(byref(_struct(A, B, theta, None, spec, smooth_max)), k, tau.data_ptr()))
     return tau
+
+
+def smooth_max(A: Tensor, B: Tensor, theta: Tensor, spec: Spec) -> Tensor:
+    """The smooth maximum of each column of the K under the softmax."""
+    assert _library is not None
+    out = A.new_empty(A.shape[0])
+    _check(_library.snell_smooth_max(byref(_struct(A, B, theta, None, spec)), _address(out)))
+    return out
+
+
+def smooth_max_grad(grad: Tensor, update: Update, grads: Gradients) -> None:
+    """Add to the gradients of A, B and gamma, contiguous, from that of the update's smooth maxima."""
+    assert _library is not None
+    addresses = (t.data_ptr() for t in (grad, grads.A, grads.B, grads.theta[-1]))
+    _check(_library.snell_smooth_max_grad(byref(_of_update(update)), *addresses))
 
 
 def merge(update: Update, weight: Tensor | None, out: Tensor) -> None:
@@ -192,7 +223,8 @@ def factor_grad(
         source, tokens = _matrix(G), _NO_TOKENS
     out = source if merged is G else _matrix(merged)
     inputs = *_structs(update), byref(source), byref(tokens), byref(_matrix(weight)), byref(out)
-    _check(_library.snell_factor_grad(*inputs, grads.A.data_ptr(), grads.B.data_ptr(), grads.theta.data_ptr()))
+    addresses = (None if grad is None else grad.data_ptr() for grad in grads)
+    _check(_library.snell_factor_grad(*inputs, *addresses))
 
 
 def activations(grad_y: Tensor, x: Tensor) -> Activations:
@@ -234,7 +266,7 @@ def density(update: Update, samples: int) -> float:
     """The share of entries that survive, estimated from ``samples`` random ones, the same every time."""
     assert _library is not None
     share = c_double()
-    _check(_library.snell_density(byref(_struct(*update[:5])), samples, byref(share)))
+    _check(_library.snell_density(byref(_of_update(update)), samples, byref(share)))
     return share.value
 
 

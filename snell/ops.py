@@ -36,40 +36,49 @@ _UPDATE = "Tensor A, Tensor B, Tensor theta, Tensor tau, str kernel, int groups,
 #: And of the constant update that is subtracted, if there is one.
 _STARTED = f"{_UPDATE}, Tensor? start_A, Tensor? start_B, Tensor? start_theta, Tensor? start_tau"
 
+#: The smooth maxima of columns, for kernel functions with a softmax.
+_MAXIMA = "Tensor? smooth_max=None, Tensor? start_smooth_max=None"
+
 for _schema in (
-    "select_threshold(Tensor A, Tensor B, Tensor theta, float sparsity, str kernel, int groups) -> Tensor",
-    f"merge(Tensor? weight, {_STARTED}) -> Tensor",
-    f"merge_backward(Tensor G, {_UPDATE}) -> (Tensor, Tensor, Tensor)",
-    f"linear(Tensor x, Tensor? weight, Tensor? bias, {_STARTED}) -> Tensor",
-    f"linear_backward(Tensor grad_y, Tensor? x, Tensor? weight, bool[] needs, {_STARTED}) -> Tensor[]",
+    "select_threshold(Tensor A, Tensor B, Tensor theta, float sparsity, str kernel, int groups, "
+    "Tensor? smooth_max=None) -> Tensor",
+    f"merge(Tensor? weight, {_STARTED}, {_MAXIMA}) -> Tensor",
+    f"merge_backward(Tensor G, {_UPDATE}, Tensor? smooth_max=None) -> Tensor[]",
+    f"linear(Tensor x, Tensor? weight, Tensor? bias, {_STARTED}, {_MAXIMA}) -> Tensor",
+    f"linear_backward(Tensor grad_y, Tensor? x, Tensor? weight, bool[] needs, {_STARTED}, {_MAXIMA}) -> Tensor[]",
 ):
     _LIBRARY.define(_schema)
 
 _spec = lru_cache(Spec)
 
 
-def _update(A, B, theta, tau, kernel, groups, gate, *start):
+def _update(A, B, theta, tau, kernel, groups, gate, *rest):
     # tau and the gate are given, so any sparsity above 0 will do. While the compiler traces, a size may be a symbol.
     spec = _spec(int(A.shape[1]), 0.0 if gate == "none" else 0.5, kernel, groups, gate)
-    return Update(A, B, theta, tau, spec, Update(*start, spec) if start and start[0] is not None else None)
+    # The dispatcher leaves out trailing arguments that are None.
+    rest = (*rest, *(None for _ in range(6 - len(rest))))
+    start = None if rest[0] is None else Update(*rest[:4], spec, smooth_max=rest[5])
+    return Update(A, B, theta, tau, spec, start, rest[4])
 
 
 def _flat(update: Update) -> tuple:
     """The update as the flat arguments of the schemas."""
     spec, start = update.spec, update.start
-    return *update[:4], spec.kernel, spec.groups, spec.gate, *([None] * 4 if start is None else start[:4])
+    first, first_maxima = ([None] * 4, None) if start is None else (start[:4], start.smooth_max)
+    return *update[:4], spec.kernel, spec.groups, spec.gate, *first, update.smooth_max, first_maxima
 
 
-def _select(A, B, theta, sparsity, kernel, groups):
-    return competition.select(A, B, theta, _spec(A.shape[1], sparsity, kernel, groups))
+def _select(A, B, theta, sparsity, kernel, groups, smooth_max=None):
+    return competition.select(A, B, theta, _spec(A.shape[1], sparsity, kernel, groups), smooth_max)
 
 
 def _merge(weight, *update):
     return blocks.merge(_update(*update), weight)
 
 
-def _merge_backward(G, *update):
-    return tuple(blocks.factor_gradients(G, _update(*update)))
+def _merge_backward(G, A, B, theta, tau, kernel, groups, gate, smooth_max=None):
+    update = _update(A, B, theta, tau, kernel, groups, gate, *[None] * 4, smooth_max)
+    return [grad for grad in blocks.factor_gradients(G, update) if grad is not None]
 
 
 def _linear(x, weight, bias, *update):
@@ -94,7 +103,7 @@ _LIBRARY.impl("select_threshold", torch.library.fallthrough_kernel, "Autograd")
 
 
 def _empty(*tensors):
-    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors]
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors if t is not None]
 
 
 @torch.library.register_fake("snell::select_threshold")
@@ -108,8 +117,8 @@ def _(weight, A, B, *_):
 
 
 @torch.library.register_fake("snell::merge_backward")
-def _(G, A, B, theta, *_):
-    return tuple(_empty(A, B, theta))
+def _(G, A, B, theta, *rest):
+    return _empty(A, B, theta, *rest[4:])
 
 
 @torch.library.register_fake("snell::linear")
@@ -118,27 +127,30 @@ def _(x, weight, bias, A, B, *_):
 
 
 @torch.library.register_fake("snell::linear_backward")
-def _(grad_y, x, weight, needs, A, B, theta, *_):
+def _(grad_y, x, weight, needs, A, B, theta, *rest):
+    smooth_max = rest[8] if len(rest) > 8 else None
     needs = Needs(*needs)
     grads = [grad_y.new_empty(*grad_y.shape[:-1], A.shape[0])] if needs.x else []
     grads += [torch.empty_like(weight)] if needs.weight else []
     grads += [(grad_y if weight is None else weight).new_empty(B.shape[0])] if needs.bias else []
-    return grads + (_empty(A, B, theta) if needs.factors else [])
+    return grads + (_empty(A, B, theta, smooth_max) if needs.factors else [])
 
 
 def _merge_setup(ctx, inputs, output):
     weight, *factors = inputs[:5]
     ctx.kernel, ctx.groups, ctx.gate = inputs[5:8]
-    ctx.save_for_backward(*factors)
+    ctx.save_for_backward(*factors, inputs[12])
     ctx.weight_dtype = None if weight is None else weight.dtype
 
 
 def _merge_gradients(ctx, G):
-    grads = (None, None, None)
+    grads = [None] * 3
     if any(ctx.needs_input_grad[1:4]):
-        grads = torch.ops.snell.merge_backward.default(G, *ctx.saved_tensors, ctx.kernel, ctx.groups, ctx.gate)
+        *factors, maxima = ctx.saved_tensors
+        made = ctx.kernel, ctx.groups, ctx.gate, maxima
+        grads = torch.ops.snell.merge_backward.default(G, *factors, *made)
     grad_weight = G.to(ctx.weight_dtype) if ctx.needs_input_grad[0] else None
-    return grad_weight, *grads, *[None] * 8
+    return grad_weight, *grads[:3], *[None] * 8, grads[3] if len(grads) > 3 else None, None
 
 
 torch.library.register_autograd("snell::merge", _merge_gradients, setup_context=_merge_setup)
@@ -151,11 +163,12 @@ def _no_second_order(ctx, *grads):
 torch.library.register_autograd("snell::merge_backward", _no_second_order)
 
 
-def select_threshold(A: Tensor, B: Tensor, theta: Tensor, spec: Spec) -> Tensor:
+def select_threshold(A: Tensor, B: Tensor, theta: Tensor, spec: Spec, smooth_max: Tensor | None = None) -> Tensor:
     """``snell::select_threshold``; called directly if nothing else listens, which saves the dispatch."""
     if nothing_listens(A):
-        return competition.select(A, B, theta, spec)
-    return torch.ops.snell.select_threshold.default(A, B, theta, spec.sparsity, spec.kernel, spec.groups)
+        return competition.select(A, B, theta, spec, smooth_max)
+    settings = spec.sparsity, spec.kernel, spec.groups
+    return torch.ops.snell.select_threshold.default(A, B, theta, *settings, smooth_max)
 
 
 def merge(weight: Tensor | None, update: Update) -> Tensor:
@@ -172,13 +185,13 @@ def _forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, update: Upda
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, A, B, theta, tau, spec, start):
+    def forward(ctx, x, weight, bias, A, B, theta, tau, spec, start, smooth_max, of_rows):
         _, need_weight, _, need_A, need_B, need_theta = ctx.needs_input_grad[:6]
         # Only the gradients of the factors and the weight need x: a layer that trains neither keeps no activation.
         kept_x = x if need_weight or need_A or need_B or need_theta else None
-        ctx.save_for_backward(kept_x, weight, A, B, theta, tau)
+        ctx.save_for_backward(kept_x, weight, A, B, theta, tau, smooth_max)
         ctx.spec, ctx.start = spec, start
-        return _forward(x, weight, bias, Update(A, B, theta, tau, spec, start))
+        return _forward(x, weight, bias, Update(A, B, theta, tau, spec, start, smooth_max))
 
     @staticmethod
     def backward(ctx, grad_y):
@@ -187,8 +200,8 @@ class _Linear(torch.autograd.Function):
 
 
 def _linear_gradients(ctx, grad_y):
-    x, weight, A, B, theta, tau = ctx.saved_tensors
-    update = Update(A, B, theta, tau, ctx.spec, ctx.start)
+    x, weight, A, B, theta, tau, maxima = ctx.saved_tensors
+    update = Update(A, B, theta, tau, ctx.spec, ctx.start, maxima)
     need_x, need_weight, need_bias, need_A, need_B, need_theta = ctx.needs_input_grad[:6]
     needs = Needs(need_x, need_weight, need_bias, need_A or need_B or need_theta)
     if nothing_listens(grad_y):
@@ -197,6 +210,7 @@ def _linear_gradients(ctx, grad_y):
         with torch._C._AutoDispatchBelowAutograd():
             found = torch.ops.snell.linear_backward.default(grad_y, x, weight, list(needs), *_flat(update))
     rest = iter(found)
+    grad_maxima = found.pop() if maxima is not None and needs.factors else None
     grad_A, grad_B, grad_theta = found[-3:] if needs.factors else (None, None, None)
     return (
         next(rest) if need_x else None,
@@ -207,6 +221,8 @@ def _linear_gradients(ctx, grad_y):
         grad_theta if need_theta else None,
         None,
         None,
+        None,
+        grad_maxima,
         None,
     )
 

@@ -13,19 +13,31 @@ import torch
 from torch import Tensor
 
 from snell.kernel_functions import KERNEL_FUNCTIONS
+from snell.kernel_functions import smooth_max as of_matrix
 from snell.spec import Spec
 
 __all__ = ["edit", "gate_values", "kernel_matrix", "merge", "select_threshold", "snell_linear"]
 
 
-def kernel_matrix(A: Tensor, B: Tensor, theta: Tensor, *, kernel: str, groups: int) -> Tensor:
-    """``K_ij = kappa(B_i, A_j)`` of shape [m, n], differentiable in A, B and theta."""
+def kernel_matrix(
+    A: Tensor, B: Tensor, theta: Tensor, *, kernel: str, groups: int, smooth_max: Tensor | None = None
+) -> Tensor:
+    """``K_ij = kappa(B_i, A_j)`` of shape [m, n], differentiable in A, B and theta.
+
+    A softmax is that over all rows given, unless the columns' smooth maxima ``[n]`` are given too.
+    """
     if A.dtype in (torch.float16, torch.bfloat16):
         A, B, theta = A.float(), B.float(), theta.float()
     if kernel not in KERNEL_FUNCTIONS:
         raise ValueError(f"kernel is unknown: {kernel!r}")
     function = KERNEL_FUNCTIONS[kernel]
-    return function.value(function.statistics(A, B, groups), theta)
+    statistics = function.statistics(A, B, groups)
+    if function.softmax_of is None:
+        return function.value(statistics, theta)
+    if smooth_max is None:
+        K = KERNEL_FUNCTIONS[function.softmax_of].value(statistics, theta[:-3].detach())
+        smooth_max = of_matrix(K, theta[-1])
+    return function.value(statistics, theta, smooth_max)
 
 
 def gate_values(K: Tensor, tau: Tensor, *, gate: str) -> Tensor:
@@ -58,12 +70,13 @@ def merge(
     groups: int,
     gate: str,
     start: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+    smooth_max: Tensor | None = None,
 ) -> Tensor:
     """``dW = K * gate(|K|)`` in the factors' dtype, or ``W0 + dW`` in the weight's.
 
     With ``start``, a constant A, B, theta and tau, dW is less by the same of those: 0 where they are equal.
     """
-    K = kernel_matrix(A, B, theta, kernel=kernel, groups=groups)
+    K = kernel_matrix(A, B, theta, kernel=kernel, groups=groups, smooth_max=smooth_max)
     delta = K * gate_values(K, tau, gate=gate)
     if start is not None:
         delta = delta - merge(*start, kernel=kernel, groups=groups, gate=gate)

@@ -27,6 +27,8 @@ class Update(NamedTuple):
         tau: 0-dim threshold. All four have one dtype, float32 or float64, and one device.
         spec: kernel function, groups and the gate that applies (:attr:`snell.spec.Spec.applied`).
         start: a constant update of the same shape and spec, subtracted from this one. It has no start of its own.
+        smooth_max: ``[n]``, the smooth maximum of each column of the whole K, if the kernel function has a softmax.
+        of_rows: whether ``smooth_max [m]`` belongs to the rows, as in a transposed update.
     """
 
     A: Tensor
@@ -35,6 +37,8 @@ class Update(NamedTuple):
     tau: Tensor
     spec: Spec
     start: Update | None = None
+    smooth_max: Tensor | None = None
+    of_rows: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -44,12 +48,15 @@ class Update(NamedTuple):
     def rows(self, rows: slice) -> Update:
         """The update of these rows of dW."""
         start = None if self.start is None else self.start.rows(rows)
-        return self._replace(B=self.B[rows], start=start)
+        return self._replace(B=self.B[rows], start=start, smooth_max=self._cut(rows, self.of_rows))
 
     def columns(self, columns: slice) -> Update:
         """The update of these columns of dW."""
         start = None if self.start is None else self.start.columns(columns)
-        return self._replace(A=self.A[columns], start=start)
+        return self._replace(A=self.A[columns], start=start, smooth_max=self._cut(columns, not self.of_rows))
+
+    def _cut(self, lines: slice, cuts: bool) -> Tensor | None:
+        return self.smooth_max[lines] if cuts and self.smooth_max is not None else self.smooth_max
 
     def split(self, lengths: int | Sequence[int], dim: int) -> Iterator[Update]:
         """The updates of so many rows (dim 0) or columns (dim 1) at a time, as ``Tensor.split`` cuts dW."""
@@ -61,15 +68,19 @@ class Update(NamedTuple):
     def transposed(self) -> Update:
         """The update of dW^T. Every pair statistic is symmetric, so its entries have the same bits."""
         start = None if self.start is None else self.start.transposed()
-        return self._replace(A=self.B, B=self.A, start=start)
+        return self._replace(A=self.B, B=self.A, start=start, of_rows=not self.of_rows)
 
 
 class Gradients(NamedTuple):
-    """Accumulators for the gradients of an update's parameters: contiguous, of the same shapes and dtype."""
+    """Accumulators for the gradients of an update's parameters: contiguous, of the same shapes and dtype.
+
+    That of ``smooth_max`` is there if the update has one.
+    """
 
     A: Tensor
     B: Tensor
     theta: Tensor
+    smooth_max: Tensor | None = None
 
     @classmethod
     def zeros(cls, update: Update) -> Gradients:
@@ -80,11 +91,12 @@ class Gradients(NamedTuple):
             torch.zeros_like(A, memory_format=layout),
             torch.zeros_like(B, memory_format=layout),
             torch.zeros_like(theta, memory_format=layout),
+            None if update.smooth_max is None else torch.zeros_like(update.smooth_max, memory_format=layout),
         )
 
-    def with_columns(self, A: Tensor) -> Gradients:
-        """The same with A's gradient replaced by ``A``, that of a block of columns."""
-        return Gradients(A, self.B, self.theta)
+    def with_columns(self, A: Tensor, smooth_max: Tensor | None) -> Gradients:
+        """The same with A's gradient and smooth_max's replaced by those of a block of columns."""
+        return Gradients(A, self.B, self.theta, smooth_max)
 
 
 class Activations(NamedTuple):

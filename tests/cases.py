@@ -13,7 +13,8 @@ from snell.kernel_functions import KERNEL_FUNCTIONS
 from snell.spec import GATES, Spec
 from snell.update import Update
 
-KERNELS = tuple(KERNEL_FUNCTIONS)
+#: Those where K_ij depends on B_i and A_j alone; tests/test_mixture.py has the one with a softmax.
+KERNELS = tuple(name for name, function in KERNEL_FUNCTIONS.items() if function.softmax_of is None)
 GATES_THAT_COMPETE = ("soft", "magnitude", "hard")
 FACTOR_DTYPES = (torch.float32, torch.float64)
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -24,7 +24,7 @@ FLOORS = (
     ("snell.blocks",),
     ("snell.competition",),
     ("snell.dispatch",),
-    ("snell.ops", "snell.red"),
+    ("snell.ops", "snell.red", "snell.softmax"),
     ("snell.functional",),
     ("snell.initial", "snell.merging", "snell.distributed"),
     ("snell.linear",),

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from snell import functional, native
+from snell import competition, functional, native
 from snell.kernel_functions import KERNEL_FUNCTIONS
 from snell.spec import GATES, Spec
+from snell.testing import smooth_max
 from snell.testing.bounds import Expected, assert_within
 from snell.update import Gradients, Update
 
@@ -20,6 +21,7 @@ CHECK = """
 import torch
 from snell import backends, functional, native
 from snell.spec import Spec
+from snell.testing import smooth_max
 from snell.testing.bounds import Expected, assert_within
 from snell.update import Gradients
 
@@ -27,7 +29,7 @@ torch.manual_seed({seed})
 assert native.instruction_set() == "{isa}", native.instruction_set()
 m, n, rank, groups = 53, 77, 12, 3
 for dtype in (torch.float64, torch.float32):
-    for kernel in ("piecewise_linear", "linear", "sigmoid", "rbf"):
+    for kernel in ("piecewise_linear", "linear", "sigmoid", "rbf", "mixture"):
         # Small factors: rbf and sigmoid would saturate, and tie, in float32.
         A, B = 0.3 * torch.randn(n, rank, dtype=dtype), 0.3 * torch.randn(m, rank, dtype=dtype)
         spec = Spec(rank, 0.8, kernel, groups)
@@ -41,6 +43,12 @@ for dtype in (torch.float64, torch.float32):
         backends.of(A).factor_grad(G, update, grads)
         for grad, (name, pair) in zip(grads, expected.gradients(G).items()):
             assert_within(grad, *pair, f"{{kernel}} {{name}}")
+        if update.smooth_max is not None:
+            grad, grads = torch.randn(n, dtype=dtype), Gradients.zeros(update)
+            assert backends.of(A).smooth_max_grad(grad, update, grads)
+            results = update.smooth_max, *grads[:3]
+            for result, (name, pair) in zip(results, smooth_max.smooth_max(update, grad).items(), strict=True):
+                assert_within(result, *pair, f"{{kernel}} {{name}}")
         for half in (torch.bfloat16, torch.float16):
             if dtype == torch.float32:
                 weight = torch.randn(m, n).to(half)
@@ -200,7 +208,7 @@ def test_threads_share_out_the_gradients_without_a_loss(kernel: str, dtype, rank
     A, B = 0.3 * torch.randn(n, rank, dtype=dtype), 0.3 * torch.randn(m, rank, dtype=dtype)
     spec = Spec(rank, 0.9, kernel, 2)
     theta = torch.tensor(spec.initial_theta(0.3), dtype=dtype)
-    update = Update(A, B, theta, native.select(A, B, theta, spec, spec.num_zeroed(m * n)), spec)
+    update = functional.update(A, B, theta, spec)
     G = torch.randn(m, n, dtype=dtype)
 
     def gradients(threads: int) -> Gradients:
@@ -211,8 +219,31 @@ def test_threads_share_out_the_gradients_without_a_loss(kernel: str, dtype, rank
 
     shared, alone = gradients(threads), gradients(1)
     assert not shared.A.equal(alone.A), "dA was summed in the order of one thread"
-    for grad, (name, pair) in zip(shared, Expected(update).gradients(G).items(), strict=True):
+    held = [grad for grad in shared if grad is not None]
+    for grad, (name, pair) in zip(held, Expected(update).gradients(G).items(), strict=True):
         assert_within(grad, *pair, name)
+
+
+@SKIP
+@pytest.mark.usefixtures("restored_threads")
+@pytest.mark.parametrize("threads", [2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("gamma", [1.0, -0.2])
+def test_threads_share_out_the_smooth_maxima(dtype, threads: int, gamma: float) -> None:
+    m, n, spec = 257, 391, Spec(32, 0.9, "mixture", 2)
+    A, B = 0.3 * torch.randn(n, 32, dtype=dtype), 0.3 * torch.randn(m, 32, dtype=dtype)
+    update = functional.update(A, B, torch.tensor([0.3, -0.3, 1.0, 0.0, gamma], dtype=dtype), spec)
+    grad, found = torch.randn(n, dtype=dtype), []
+    for count in (1, threads, threads):
+        torch.set_num_threads(count)
+        competition.forget()
+        maxima = competition.smooth_max(*update[:3], spec)
+        found.append((maxima, *competition.smooth_max_backward(grad, maxima, *update[:3], spec)))
+        expected = smooth_max.smooth_max(update._replace(smooth_max=maxima), grad)
+        for result, (name, pair) in zip(found[-1], expected.items(), strict=True):
+            assert_within(result, *pair, name)
+    assert not found[1][1].equal(found[0][1]), "dA was summed in the order of one thread"
+    assert all(one.equal(other) for one, other in zip(found[1], found[2], strict=True))
 
 
 def _near_pairs(offset: float, spread: float, size: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -98,7 +98,7 @@ def test_theta_starts_where_kappa_of_nothing_is_zero():
 @pytest.mark.parametrize("kernel", KERNEL_FUNCTIONS)
 def test_num_theta_counts_them(kernel):
     spec = Spec(12, 0.9, kernel, 3)
-    assert spec.num_theta == len(spec.initial_theta(1.0)) == {"piecewise_linear": 3, "linear": 0}.get(kernel, 3)
+    assert spec.num_theta == len(spec.initial_theta(1.0)) == {"linear": 0, "mixture": 6}.get(kernel, 3)
 
 
 def test_nothing_competes_without_sparsity():

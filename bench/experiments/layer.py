@@ -129,8 +129,9 @@ def _of(method: str, cell: Cell) -> Cell:
     return lambda case: shown(case["methods"][method])
 
 
-def _peers(cell: Cell) -> Columns:
-    return [*_CASE, *((shown.label, _of(method, cell)) for method, shown in METHODS.items())]
+def _peers(cell: Cell, document: Document) -> Columns:
+    measured = document["cases"][0]["methods"]  # an older file may lack a method
+    return [*_CASE, *((shown.label, _of(method, cell)) for method, shown in METHODS.items() if method in measured)]
 
 
 def _for_three(field: str) -> str:
@@ -151,6 +152,20 @@ COLUMNS: Columns = [
 ]
 
 
+#: SNELLA's kernel function beside the published algorithm.
+MIXTURE: Columns = [
+    *_CASE,
+    ("mixture", _of("mixture", "{seconds:ms}")),
+    ("of the floor", _of("mixture", "{ratio_to_floor:.2f}")),
+    ("published SNELLA", _of("published-mixture", "{seconds:ms}")),
+    ("of the floor", _of("published-mixture", "{ratio_to_floor:.2f}")),
+    (
+        "extra memory: mixture, published SNELLA",
+        "{methods[mixture][extra_peak_bytes]:size}, {methods[published-mixture][extra_peak_bytes]:size}",
+    ),
+]
+
+
 def brief(document: Document) -> str:
     """The first of the report's tables."""
     return f"{table(COLUMNS, document['cases'])}\n\n{made_by(document)}"
@@ -158,10 +173,14 @@ def brief(document: Document) -> str:
 
 def report(document: Document) -> str:
     """The results file as Markdown."""
-    cost = table(_peers("{ratio_to_lora:.2f} x, {extra_peak_bytes:size}"), document["cases"])
-    trained = table(_peers("{trainable:,}, {optimizer_bytes:size}"), document["cases"])
+    cost = table(_peers("{ratio_to_lora:.2f} x, {extra_peak_bytes:size}", document), document["cases"])
+    trained = table(_peers("{trainable:,}, {optimizer_bytes:size}", document), document["cases"])
+    of_mixture = ""
+    if "mixture" in document["cases"][0]["methods"]:
+        of_mixture = f"\n\nSNELLA's kernel function:\n\n{table(MIXTURE, document['cases'])}"
     return (
-        f"{table(COLUMNS, document['cases'])}\n\nEvery method's time as a multiple of LoRA's, and its extra memory:\n\n"
+        f"{table(COLUMNS, document['cases'])}{of_mixture}\n\n"
+        "Every method's time as a multiple of LoRA's, and its extra memory:\n\n"
         f"{cost}\n\nWhat is trained, and AdamW's state for it:\n\n{trained}\n\n{made_by(document)}"
     )
 

@@ -107,7 +107,8 @@ def brief(document: Document) -> str:
     columns: Columns = [("model", lambda row: row["lora"]["model"])]
     columns.append((METHODS["lora"].label, "{lora[seconds]:s}, {lora[all_bytes]:size}"))
     cell = raised("{ratio_to_lora:.2f}, {of_lora:.2f}")
-    others = (method for method in METHODS if method != "lora")
+    measured = document["models"][0]["methods"]  # an older file may lack a method
+    others = (method for method in METHODS if method != "lora" and method in measured)
     columns += [(METHODS[method].label, lambda row, method=method: cell(row[method])) for method in others]
     return f"{table(columns, map(_compared, document['models']))}\n\n{made_by(document)}"
 

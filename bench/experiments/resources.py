@@ -88,13 +88,15 @@ def update_of(kernel: str, rank: int, groups: int, m: int = 128, n: int = 256) -
     """An update whose values do not matter, as nothing is launched."""
     spec = Spec(rank, 0.9, kernel, groups)
     theta = torch.full((spec.num_theta,), 0.1)
-    return Update(torch.randn(n, rank), torch.randn(m, rank), theta, torch.tensor(0.1), spec)
+    maxima = None if spec.function.softmax_of is None else torch.zeros(n)
+    return Update(torch.randn(n, rank), torch.randn(m, rank), theta, torch.tensor(0.1), spec, smooth_max=maxima)
 
 
 def kernels(arch: int) -> Iterator[dict[str, Any]]:
     """Every kernel of every row of the table, by kernel function, dtype and rank."""
     settings = [("piecewise_linear", 32, 2, torch.bfloat16), ("piecewise_linear", 32, 2, torch.float32)]
     settings += [("linear", 32, 1, torch.bfloat16), ("sigmoid", 32, 1, torch.float16), ("rbf", 32, 1, torch.bfloat16)]
+    settings += [("mixture", 32, 2, torch.bfloat16), ("mixture", 32, 2, torch.float32)]
     if arch == 90:  # what changes registers, once
         settings += [("piecewise_linear", 8, 2, torch.bfloat16), ("piecewise_linear", 256, 2, torch.float32)]
         settings += [("piecewise_linear", 64, 4, torch.float32), ("linear", 256, 1, torch.float32)]

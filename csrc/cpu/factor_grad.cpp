@@ -57,6 +57,7 @@ struct FactorGradBody {
   const T *dY, *X;  // [m, tokens] and [n, tokens]; used if G is absent
   int64_t tokens;
   T *grad_A, *grad_B;  // this thread's [n, padded rank], and the caller's [m, rank]
+  T* grad_max;         // with a softmax: this thread's [n], or the caller's [m] of rows
   std::vector<Survivors<T>> lists;
   std::vector<Vec<T>> kept;
   std::vector<Vec<T>> theta_lanes;
@@ -68,7 +69,7 @@ struct FactorGradBody {
     kappa_tile<KF>(u, panel, b, K, kept.data());
     Vec<T> first[ROWS][COLUMNS];
     if (start) start_tile<KF>(u, *start, panel, b, first);
-    const int groups = u.groups, gate_kind = u.gate;
+    const int groups = u.groups + KF::softmax, gate_kind = u.gate;
     const T tau = u.tau;
     const int32_t local = int32_t(column % (u.chunk * TILE<T>));
     for (int r = 0; r < (WHOLE ? ROWS : rows); ++r) {
@@ -123,7 +124,7 @@ struct FactorGradBody {
       Survivors<T>& list = lists[r];
       if (!G.data)
         for (int64_t s = 0; s < list.count; s += TOGETHER) products(list, s, dY + (row + r) * tokens, first_column);
-      slopes(list);
+      slopes(list, row + r, first_column);
       for (int p = 0; p < u.groups; ++p)
         for (int64_t k = 0; k < A.width; k += LANES<T>)
           accumulate(list, &list.kept[p * list.capacity], first_column * A.rank + p * A.width + k,
@@ -148,19 +149,36 @@ struct FactorGradBody {
     for (int i = 0; i < count; ++i) list.H[s + i] *= sum<T>(sums[i]);
   }
 
-  SNELL_INLINE void slopes(Survivors<T>& list) {
+  SNELL_INLINE void slopes(Survivors<T>& list, int64_t row, int64_t first_column) {
     // Pad the last vector with H = 0 and a statistic of 0, where every slope is finite.
     for (int l = 0; l < LANES<T>; ++l) {
       list.H[list.count + l] = 0;
-      for (int p = 0; p < u.groups; ++p) list.kept[p * list.capacity + list.count + l] = 0;
+      for (int p = 0; p < u.groups + KF::softmax; ++p) list.kept[p * list.capacity + list.count + l] = 0;
     }
     for (auto& v : theta_lanes) v = Vec<T>{};
+    if constexpr (KF::softmax) softmax_slopes(list, row, first_column);
     for (int p = 0; p < u.groups; ++p) {
       T* kept = &list.kept[p * list.capacity];
       for (int64_t s = 0; s < list.count; s += LANES<T>)
         store(kept + s, KF::template slope<T>(u.theta, p, load(kept + s), load(&list.H[s]), theta_lanes.data()));
     }
-    for (size_t t = 0; t < theta_lanes.size(); ++t) grad_theta[t] += sum<T>(theta_lanes[t]);
+    // The constants of the function under a softmax are not trained.
+    for (size_t t = KF::softmax ? u.groups : 0; t < theta_lanes.size(); ++t) grad_theta[t] += sum<T>(theta_lanes[t]);
+  }
+
+  // Turns H into H times the slope by the K under the softmax; adds the slopes by the smooth maxima.
+  SNELL_INLINE void softmax_slopes(Survivors<T>& list, int64_t row, int64_t first_column) {
+    const Softmax<T> softmax(u.theta + u.groups);
+    const T* exponents = &list.kept[u.groups * list.capacity];
+    Vec<T> total{}, by_max;
+    for (int64_t s = 0; s < list.count; s += LANES<T>) {
+      T* H = &list.H[s];
+      store(H, softmax.slope(load(exponents + s), load(H), theta_lanes.data() + u.groups, by_max));
+      total += by_max;
+      for (int l = 0; u.column_max && l < LANES<T> && s + l < list.count; ++l)
+        grad_max[first_column + list.column[s + l]] += by_max[l];
+    }
+    if (u.row_max) grad_max[row] += sum<T>(total);
   }
 
   // Add the contribution of a row's survivors to one vector of the rank axis.
@@ -192,8 +210,8 @@ template <class KF, class T>
 struct FactorGrad {
   static void run(const SnellUpdate& update, const SnellUpdate* start, const SnellMatrix* G,
                   const SnellTokens* activations, const SnellMatrix* weight, const SnellMatrix* merged, void* grad_A,
-                  void* grad_B, void* grad_theta) {
-    Operand<T> u(update, KF::grouped, KF::distance);
+                  void* grad_B, void* grad_theta, void* grad_max) {
+    Operand<T> u(update, KF::grouped, KF::distance, KF::softmax);
     std::optional<Operand<T>> first = start_operand<KF, T>(merged->data ? start : nullptr);
     Padded<T> A(u, u.A, u.n), B(u, u.B, u.m);
     if (!G->data)
@@ -206,7 +224,13 @@ struct FactorGrad {
       parts.push_back(allocate<T>(u.n * A.rank));
       std::memset(parts.back().get(), 0, u.n * A.rank * sizeof(T));
     }
-    const int num_theta = KF::scalars * u.groups;
+    // The same for the smooth maxima of columns. A row is of one thread.
+    std::vector<Buffer<T>> max_parts;
+    for (int t = 0; t < u.threads && u.column_max && u.threads > 1; ++t) {
+      max_parts.push_back(allocate<T>(u.n));
+      std::memset(max_parts.back().get(), 0, u.n * sizeof(T));
+    }
+    const int num_theta = KF::scalars * u.groups + (KF::softmax ? 3 : 0);
     std::vector<std::vector<double>> theta_parts(u.threads, std::vector<double>(num_theta));
     with_storage<T>({G, weight, merged}, [&](auto storage) {
 #pragma omp parallel num_threads(u.threads) if (u.threads > 1)
@@ -215,9 +239,9 @@ struct FactorGrad {
         FactorGradBody<KF, T, storage> body{
             u, first ? &*first : nullptr, A, B, *G, *weight, *merged, static_cast<const T*>(activations->grad_y),
             static_cast<const T*>(activations->x), activations->tokens, direct ? total : parts[t].get(),
-            static_cast<T*>(grad_B), {}, {}, {}, {}};
-        for (int r = 0; r < ROWS; ++r) body.lists.emplace_back(std::min(u.chunk, u.panels) * TILE<T>, u.groups);
-        body.kept.resize(u.groups * ROWS * COLUMNS);
+            static_cast<T*>(grad_B), max_parts.empty() ? static_cast<T*>(grad_max) : max_parts[t].get(), {}, {}, {}, {}};
+        for (int r = 0; r < ROWS; ++r) body.lists.emplace_back(std::min(u.chunk, u.panels) * TILE<T>, u.groups + KF::softmax);
+        body.kept.resize((u.groups + KF::softmax) * ROWS * COLUMNS);
         body.theta_lanes.resize(num_theta);
         body.grad_theta.resize(num_theta);
         sweep(u, u.first_row(t, team), u.first_row(t + 1, team), body);
@@ -234,6 +258,8 @@ struct FactorGrad {
 #pragma omp simd
           for (int k = 0; k < u.width; ++k) to[k] += from[k];
         }
+    for (auto& part : max_parts)
+      for (int64_t j = 0; j < u.n; ++j) static_cast<T*>(grad_max)[j] += part[j];
     for (int i = 0; i < num_theta; ++i) {
       double sum = 0;
       for (auto& part : theta_parts) sum += part[i];
@@ -245,8 +271,9 @@ struct FactorGrad {
 }  // namespace
 
 void factor_grad(const SnellUpdate& u, const SnellUpdate* start, const SnellMatrix* G, const SnellTokens* activations,
-                 const SnellMatrix* weight, const SnellMatrix* merged, void* grad_A, void* grad_B, void* grad_theta) {
-  dispatch<FactorGrad>(u, start, G, activations, weight, merged, grad_A, grad_B, grad_theta);
+                 const SnellMatrix* weight, const SnellMatrix* merged, void* grad_A, void* grad_B, void* grad_theta,
+                 void* grad_max) {
+  dispatch<FactorGrad>(u, start, G, activations, weight, merged, grad_A, grad_B, grad_theta, grad_max);
 }
 
 }  // namespace snell::SNELL_ISA

@@ -10,14 +10,14 @@ namespace snell::SNELL_ISA {
 // The statistic of a pair is a dot product b . a, a squared distance |b - a|^2 or its root. `accumulate` adds one rank
 // column.
 struct Dot {
-  static constexpr bool distance = false, root = false;
+  static constexpr bool distance = false, root = false, softmax = false;
   template <class V>
   static SNELL_INLINE V accumulate(V a, V b, V sum) {
     return fma(a, b, sum);
   }
 };
 struct SquaredDistance {
-  static constexpr bool distance = true, root = false;
+  static constexpr bool distance = true, root = false, softmax = false;
   template <class V>
   static SNELL_INLINE V accumulate(V a, V b, V sum) {
     V d = a - b;
@@ -48,6 +48,34 @@ struct PiecewiseLinear : Norm {
     dtheta[p] += H * norm;
     return norm == T(0) ? norm : theta[p] * H / norm;
   }
+};
+
+// K + alpha S + beta, where S is the softmax of K / gamma over each column: exp of the exponent (K - L) / gamma, with the
+// column's smooth maximum L. theta is the inner function's, which is not trained, then alpha, beta and gamma.
+template <class T>
+struct Softmax {
+  T alpha, beta, over_gamma;
+
+  explicit Softmax(const T* scalars) : alpha(scalars[0]), beta(scalars[1]) {
+    const T least = T(0x1p-20), gamma = scalars[2];  // GAMMA_LEAST of kernel_functions.py
+    over_gamma = 1 / (std::abs(gamma) < least ? (gamma < 0 ? -least : least) : gamma);
+  }
+  SNELL_INLINE Vec<T> value(Vec<T> exponent, Vec<T> K) const {
+    return fma(splat(alpha), exp(exponent), K) + beta;
+  }
+  // H times the slope by K; adds those by alpha, beta and gamma to dtheta[], and sets that by L.
+  SNELL_INLINE Vec<T> slope(Vec<T> exponent, Vec<T> H, Vec<T>* dtheta, Vec<T>& by_max) const {
+    const Vec<T> unit = H * exp(exponent), inner = alpha * over_gamma * unit;
+    dtheta[0] += unit;
+    dtheta[1] += H;
+    dtheta[2] -= inner * exponent;
+    by_max = -inner;
+    return H + inner;
+  }
+};
+
+struct Mixture : PiecewiseLinear {
+  static constexpr bool softmax = true;
 };
 
 struct Linear : Dot {
@@ -104,7 +132,8 @@ struct Rbf : SquaredDistance {
   ROW("piecewise_linear", PiecewiseLinear) \
   ROW("linear", Linear)                    \
   ROW("sigmoid", Sigmoid)                  \
-  ROW("rbf", Rbf)
+  ROW("rbf", Rbf)                          \
+  ROW("mixture", Mixture)
 
 // The same for gates. A new gate is a line here and one in gate_of.
 #define SNELL_GATES(ROW)            \

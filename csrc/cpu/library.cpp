@@ -13,13 +13,15 @@
   void select(const SnellUpdate&, int64_t, void*);                                                             \
   void density(const SnellUpdate&, int64_t, double*);                                                          \
   void factor_grad(const SnellUpdate&, const SnellUpdate*, const SnellMatrix*, const SnellTokens*,             \
-                   const SnellMatrix*, const SnellMatrix*, void*, void*, void*);                               \
+                   const SnellMatrix*, const SnellMatrix*, void*, void*, void*, void*);                        \
+  void smooth_max(const SnellUpdate&, void*);                                                                  \
+  void smooth_max_grad(const SnellUpdate&, const void*, void*, void*, void*);                                  \
   void edit(const SnellEdit&, void*);                                                                          \
   void edit_grad(const SnellEdit&, void*, void*, void*);                                                       \
   }
 #define SNELL_TABLE(isa)                                                                                        \
   {#isa, snell::isa::merge, snell::isa::select, snell::isa::density, snell::isa::factor_grad, snell::isa::edit, \
-   snell::isa::edit_grad}
+   snell::isa::edit_grad, snell::isa::smooth_max, snell::isa::smooth_max_grad}
 
 SNELL_DECLARE(base)
 #ifdef SNELL_HAVE_V3
@@ -39,6 +41,8 @@ struct Table {
   decltype(&snell::base::factor_grad) factor_grad;
   decltype(&snell::base::edit) edit;
   decltype(&snell::base::edit_grad) edit_grad;
+  decltype(&snell::base::smooth_max) smooth_max;
+  decltype(&snell::base::smooth_max_grad) smooth_max_grad;
 };
 
 // The best instruction set of this machine. SNELL_ISA selects a lower one, so that one machine can test all of them.
@@ -96,8 +100,20 @@ SNELL_EXPORT int snell_density(const SnellUpdate* u, int64_t samples, double* de
 
 SNELL_EXPORT int snell_factor_grad(const SnellUpdate* u, const SnellUpdate* start, const SnellMatrix* G,
                                    const SnellTokens* activations, const SnellMatrix* weight, const SnellMatrix* merged,
-                                   void* grad_A, void* grad_B, void* grad_theta) {
-  return guarded([&] { table.factor_grad(*u, start, G, activations, weight, merged, grad_A, grad_B, grad_theta); });
+                                   void* grad_A, void* grad_B, void* grad_theta, void* grad_max) {
+  return guarded(
+      [&] { table.factor_grad(*u, start, G, activations, weight, merged, grad_A, grad_B, grad_theta, grad_max); });
+}
+
+// The smooth maximum of each column of the K under the update's softmax, [n].
+SNELL_EXPORT int snell_smooth_max(const SnellUpdate* u, void* out) {
+  return guarded([&] { table.smooth_max(*u, out); });
+}
+
+// Adds to the gradients of A, B and gamma, from `grad` [n] of the smooth maxima that the update has.
+SNELL_EXPORT int snell_smooth_max_grad(const SnellUpdate* u, const void* grad, void* grad_A, void* grad_B,
+                                       void* grad_gamma) {
+  return guarded([&] { table.smooth_max_grad(*u, grad, grad_A, grad_B, grad_gamma); });
 }
 
 namespace {

@@ -36,7 +36,7 @@ template <class KF, class T>
 struct Merge {
   static void run(const SnellUpdate& update, const SnellUpdate* start, const SnellMatrix* weight,
                   const SnellMatrix* out) {
-    Operand<T> u(update, KF::grouped, KF::distance);
+    Operand<T> u(update, KF::grouped, KF::distance, KF::softmax);
     std::optional<Operand<T>> first = start_operand<KF, T>(start);
     with_storage<T>({out, weight}, [&](auto storage) {
 #pragma omp parallel num_threads(u.threads) if (u.threads > 1)

@@ -25,7 +25,7 @@ SNELL_INLINE void start_tile(const Operand<T>& u, const Operand<T>& start, const
 template <class KF, class T>
 std::optional<Operand<T>> start_operand(const SnellUpdate* start) {
   std::optional<Operand<T>> operand;
-  if (start) operand.emplace(*start, KF::grouped, KF::distance);
+  if (start) operand.emplace(*start, KF::grouped, KF::distance, KF::softmax);
   return operand;
 }
 

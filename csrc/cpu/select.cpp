@@ -134,8 +134,8 @@ T radix_select(const Operand<T>& u, int64_t k) {
 // |K| of one random entry, in plain arithmetic: the sample need not match K bit for bit.
 template <class KF, class T>
 T sample_one(const Operand<T>& u, int64_t counter) {
-  const T* a = u.A + below(mix(2 * counter), u.n) * u.rank;
-  const T* b = u.B + below(mix(2 * counter + 1), u.m) * u.rank;
+  const int64_t column = below(mix(2 * counter), u.n), row = below(mix(2 * counter + 1), u.m);
+  const T *a = u.A + column * u.rank, *b = u.B + row * u.rank;
   Vec<T> K{};
   for (int p = 0; p < u.groups; ++p) {
     T s = 0;
@@ -145,6 +145,10 @@ T sample_one(const Operand<T>& u, int64_t counter) {
       s += KF::distance ? d * d : a[k] * b[k];
     }
     K = KF::add_group(u.theta, p, splat(KF::root ? std::sqrt(s) : s), K);
+  }
+  if constexpr (KF::softmax) {
+    const Softmax<T> softmax(u.theta + u.groups);
+    K = softmax.value((K - (u.row_max ? u.row_max[row] : u.column_max[column])) * softmax.over_gamma, K);
   }
   return std::abs(K[0]);
 }
@@ -207,7 +211,7 @@ T ranked(std::vector<T>& values, int64_t k) {
 template <class KF, class T>
 struct Select {
   static void run(const SnellUpdate& update, int64_t k, void* tau) {
-    Operand<T> u(update, KF::grouped, KF::distance);
+    Operand<T> u(update, KF::grouped, KF::distance, KF::softmax);
     auto [lo, hi, share] = bracket<KF>(u, k);
     double expected = share * double(u.m) * double(u.n) / u.threads;
     int64_t limit = GATHER_MIN + int64_t(GATHER_SLACK * expected);
@@ -236,7 +240,7 @@ struct Select {
 template <class KF, class T>
 struct Density {
   static void run(const SnellUpdate& update, int64_t samples, double* density) {
-    Operand<T> u(update, KF::grouped, KF::distance);
+    Operand<T> u(update, KF::grouped, KF::distance, KF::softmax);
     int64_t survivors = 0;
     for (int64_t i = 0; i < samples; ++i) survivors += !(sample_one<KF>(u, i) <= u.tau);
     *density = u.gate == GATE_NONE ? 1.0 : double(survivors) / double(samples);

@@ -65,19 +65,21 @@ struct Operand {
   const T *A, *B, *theta;
   T tau;
   // A in panels of TILE columns of K: [panel][lines][TILE], padded with 0. The lines are the rank columns and, where
-  // distances are expanded, the squared norms of the groups.
+  // distances are expanded, the squared norms of the groups; with a softmax, the smooth maxima of the columns at last.
   Buffer<T> packed;
   Buffer<T> norms;  // of B: [m][groups]
+  const T *column_max = nullptr, *row_max = nullptr;  // smooth maxima, of which one is there with a softmax
   int64_t lines, panels, chunk;
 
-  Operand(const SnellUpdate& u, bool grouped, bool distance)
+  Operand(const SnellUpdate& u, bool grouped, bool distance, bool softmax)
       : m(u.m), n(u.n), rank(u.rank), groups(grouped ? u.groups : 1), width(int(u.rank / groups)), gate(u.gate),
         expands(distance && sizeof(T) == 4 && width >= MIN_EXPANDED), A(static_cast<const T*>(u.A)),
         B(static_cast<const T*>(u.B)), theta(static_cast<const T*>(u.theta)),
         tau(u.tau ? *static_cast<const T*>(u.tau) : T(0)) {
     // Fewer multiply-adds than 2^18 do not repay waking a thread.
     threads = int(std::clamp<int64_t>(m * n * rank >> 18, 1, u.threads));
-    lines = rank + (expands ? groups : 0);
+    lines = rank + (expands ? groups : 0) + softmax;
+    if (softmax) (u.of_rows ? row_max : column_max) = static_cast<const T*>(u.smooth_max);
     panels = (n + TILE<T> - 1) / TILE<T>;
     chunk = std::max<int64_t>(1, CHUNK_BYTES / int64_t(lines * TILE<T> * sizeof(T)));
     packed = allocate<T>(panels * lines * TILE<T>);
@@ -90,6 +92,7 @@ struct Operand {
       for (int64_t c = 0; c < valid; ++c) {
         const T* from = A + (first + c) * rank;
         for (int64_t k = 0; k < rank; ++k) to[k * TILE<T> + c] = from[k];
+        if (softmax) to[(lines - 1) * TILE<T> + c] = column_max ? column_max[first + c] : T(0);
       }
       for (int p = 0; expands && p < groups; ++p) {  // as quarter_norm, for a whole panel
         double sums[TILE<T>] = {};
@@ -183,7 +186,8 @@ SNELL_INLINE void expanded(const Operand<T>& u, int p, const T* panel, const Row
   }
 }
 
-// K of the rows and one panel's columns. `kept` [groups][ROWS][COLUMNS] receives what `slope` needs.
+// K of the rows and one panel's columns. `kept` [groups][ROWS][COLUMNS] receives what `slope` needs; with a softmax there is
+// one more than groups, for the exponents.
 template <class KF, class T>
 SNELL_INLINE void kappa_tile(const Operand<T>& u, const T* panel, const Rows<T>& rows, Vec<T> (&K)[ROWS][COLUMNS],
                              Vec<T>* kept = nullptr) {
@@ -203,6 +207,18 @@ SNELL_INLINE void kappa_tile(const Operand<T>& u, const T* panel, const Rows<T>&
         K[r][c] = KF::add_group(u.theta, p, s[r][c], K[r][c]);
         if (kept) kept[(p * ROWS + r) * COLUMNS + c] = s[r][c];
       }
+  }
+  if constexpr (KF::softmax) {
+    const Softmax<T> softmax(u.theta + u.groups);
+    for (int r = 0; r < ROWS; ++r) {
+      const T row_max = u.row_max ? u.row_max[rows.first + std::min(r, rows.count - 1)] : T(0);
+      for (int c = 0; c < COLUMNS; ++c) {
+        const Vec<T> maxima = load(panel + (u.lines - 1) * TILE<T> + c * LANES<T>) + row_max;
+        const Vec<T> exponent = (K[r][c] - maxima) * softmax.over_gamma;
+        if (kept) kept[(u.groups * ROWS + r) * COLUMNS + c] = exponent;
+        K[r][c] = softmax.value(exponent, K[r][c]);
+      }
+    }
   }
 }
 

@@ -61,9 +61,22 @@ class Backend(ABC):
         """
         return update
 
-    def select(self, A: Tensor, B: Tensor, theta: Tensor, spec: Spec, k: int) -> Tensor | None:
+    def select(
+        self, A: Tensor, B: Tensor, theta: Tensor, spec: Spec, k: int, smooth_max: Tensor | None
+    ) -> Tensor | None:
         """The k-th smallest \\|K\\| (k from 1) of the whole matrix. None: the caller counts in blocks."""
         return None
+
+    def smooth_max(self, A: Tensor, B: Tensor, theta: Tensor, spec: Spec) -> Tensor | None:
+        """The smooth maximum ``[n]`` of each column of the K under a softmax. None: the caller finds it in blocks."""
+        return None
+
+    def smooth_max_grad(self, grad: Tensor, update: Update, grads: Gradients) -> bool:
+        """Add to the gradients of A, B and gamma from ``grad [n]``, that of the update's smooth maxima.
+
+        False: the caller does it in blocks.
+        """
+        return False
 
     def forget(self) -> None:
         """Forget the thresholds that the backend remembers."""
@@ -72,7 +85,8 @@ class Backend(ABC):
     def select_together(self, layers: Sequence[Parameters]) -> tuple[Tensor, Tensor] | None:
         """tau and a fingerprint of the parameters of each layer, each ``[layers]``, in shared launches.
 
-        All layers have the same device, rank, kernel function and number of groups. None: not supported.
+        All layers have the same device, rank, kernel function without a softmax, and number of groups. None: not
+        supported.
         """
         return None
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from snell.backends.base import Backend
-from snell.reference import gate_values, kernel_matrix
+from snell.reference import gate_values
 from snell.update import Activations, Gradients, Update
 
 #: Most entries of K in a tile times the rank: the reference's dot stores that many products.
@@ -45,7 +45,8 @@ class BlockedBackend(Backend):
                 _write(merged[i, j], None if weight is None else weight[i, j], delta)
             with torch.autocast(G.device.type, enabled=False):  # autocast would round the products to half precision
                 tile = update.rows(i).columns(j)
-                _accumulate(H, tile, Gradients(grads.A[j], grads.B[i], grads.theta))
+                maxima = None if grads.smooth_max is None else grads.smooth_max[i if update.of_rows else j]
+                _accumulate(H, tile, Gradients(grads.A[j], grads.B[i], grads.theta, maxima))
 
 
 def _tiles(update: Update) -> Iterator[tuple[slice, slice]]:
@@ -59,10 +60,19 @@ def _tiles(update: Update) -> Iterator[tuple[slice, slice]]:
 
 def _delta(update: Update, i: slice, j: slice) -> tuple[Tensor, Tensor]:
     """A tile's gates and dW."""
-    A, B, theta, tau, spec, start = update
-    K = kernel_matrix(A[j], B[i], theta, kernel=spec.kernel, groups=spec.groups)
+    A, B, theta, tau, spec, start, *_ = update
+    statistics = spec.function.statistics(A[j], B[i], spec.groups)
+    K = spec.function.value(statistics, theta, *_maxima(update.rows(i).columns(j)))
     gates = gate_values(K, tau, gate=spec.gate)
     return gates, K * gates if start is None else K * gates - _delta(start, i, j)[1]
+
+
+def _maxima(tile: Update) -> list[Tensor]:
+    """The smooth maxima as a kernel function takes them, if it does."""
+    if tile.spec.function.softmax_of is None:
+        return []
+    assert tile.smooth_max is not None
+    return [tile.smooth_max.unsqueeze(1) if tile.of_rows else tile.smooth_max]
 
 
 def _write(out: Tensor, weight: Tensor | None, delta: Tensor) -> None:
@@ -75,15 +85,20 @@ def _write(out: Tensor, weight: Tensor | None, delta: Tensor) -> None:
 
 def _accumulate(H: Tensor, tile: Update, grads: Gradients) -> None:
     """Add sum H * dK to the three gradients in place. Autograd differentiates only the scalar function."""
-    A, B, theta, _, spec, _ = tile
+    A, B, theta, _, spec, *_ = tile
     function = spec.function
     theta = theta.detach().requires_grad_()
     statistics = [s.detach().requires_grad_() for s in function.statistics(A, B, spec.groups)]
     # Operations run with autograd's dispatch keys excluded. Including them again makes autograd record.
     autograd = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
     with torch.enable_grad(), autograd:
-        K = function.value(statistics, theta)
-    *slopes, grad_theta = torch.autograd.grad(K, [*statistics, theta], H, materialize_grads=True, allow_unused=True)
+        maxima = [t.detach().requires_grad_() for t in _maxima(tile)]
+        K = function.value(statistics, theta, *maxima)
+    leaves = [*maxima, theta, *statistics]
+    found = list(torch.autograd.grad(K, leaves, H, materialize_grads=True, allow_unused=True))
+    if grads.smooth_max is not None:
+        grads.smooth_max.add_(found.pop(0).flatten())
+    grad_theta, *slopes = found
     grads.theta.add_(grad_theta)
     parts = (t.chunk(len(slopes), 1) for t in (A, B, grads.A, grads.B))
     for slope, statistic, a, b, grad_a, grad_b in zip(slopes, statistics, *parts, strict=True):

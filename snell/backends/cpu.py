@@ -34,11 +34,19 @@ class CpuBackend(Backend):
 
     name = "cpu"
 
-    def select(self, A: Tensor, B: Tensor, theta: Tensor, spec: Spec, k: int) -> Tensor:
-        return native.select(A.contiguous(), B.contiguous(), theta.contiguous(), spec, k)
+    def select(self, A: Tensor, B: Tensor, theta: Tensor, spec: Spec, k: int, smooth_max: Tensor | None) -> Tensor:
+        return native.select(A.contiguous(), B.contiguous(), theta.contiguous(), spec, k, smooth_max)
+
+    def smooth_max(self, A: Tensor, B: Tensor, theta: Tensor, spec: Spec) -> Tensor:
+        return native.smooth_max(A.contiguous(), B.contiguous(), theta.contiguous(), spec)
+
+    def smooth_max_grad(self, grad: Tensor, update: Update, grads: Gradients) -> bool:
+        native.smooth_max_grad(grad.contiguous(), self.prepare(update), grads)
+        return True
 
     def prepare(self, update: Update) -> Update:
         A, B, theta = update[:3]
+        # The smooth maxima are contiguous as they are computed.
         if A.is_contiguous() and B.is_contiguous() and theta.is_contiguous():
             return update
         return update._replace(A=A.contiguous(), B=B.contiguous(), theta=theta.contiguous())
@@ -61,7 +69,9 @@ class CpuBackend(Backend):
         lead = G if merged is None else merged
         if isinstance(lead, Tensor) and is_transposed(lead):
             others = (None if matrix is None else matrix.t() for matrix in (weight, merged))
-            return self.factor_grad(G.t(), update.transposed(), Gradients(grads.B, grads.A, grads.theta), *others)
+            return self.factor_grad(
+                G.t(), update.transposed(), Gradients(grads.B, grads.A, grads.theta, grads.smooth_max), *others
+            )
         weight = None if weight is None else row_major(weight)
         G = row_major(G) if isinstance(G, Tensor) else G
         native.factor_grad(self.prepare(update), grads, G, weight, merged)

@@ -48,8 +48,8 @@ class TritonBackend(Backend):
             merge.merge(update, weight, merged)
 
     @torch.no_grad()
-    def select(self, A: Tensor, B: Tensor, theta: Tensor, spec: Spec, k: int) -> Tensor:
-        taus, _ = selection.select_thresholds([(A, B, theta, spec)])
+    def select(self, A: Tensor, B: Tensor, theta: Tensor, spec: Spec, k: int, smooth_max: Tensor | None) -> Tensor:
+        taus, _ = selection.select_thresholds([(A, B, theta, spec)], smooth_max)
         return taus.squeeze(0)
 
     def forget(self) -> None:

@@ -18,7 +18,11 @@ from snell import native
 #: Most thresholds remembered. The least recently used is forgotten first.
 CAPACITY = 4096
 
+#: The same for results of many numbers.
+PLACES = 1024
+
 _memo: OrderedDict[Hashable, Tensor] = OrderedDict()
+_places: OrderedDict[Hashable, tuple[Hashable, Tensor]] = OrderedDict()
 
 
 def fingerprint(*tensors: Tensor) -> Hashable:
@@ -34,6 +38,7 @@ def fingerprint(*tensors: Tensor) -> Hashable:
 def forget() -> None:
     """Forget every threshold."""
     _memo.clear()
+    _places.clear()
 
 
 def remember(key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
@@ -46,3 +51,14 @@ def remember(key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
     if len(_memo) > CAPACITY:
         _memo.popitem(last=False)
     return tau.clone()
+
+
+def remember_at(place: Hashable, content: Hashable, compute: Callable[[], Tensor]) -> Tensor:
+    """What was computed from this content; always a new tensor. Each place keeps the newest alone: it may be large."""
+    held = _places.pop(place, None)
+    if held is None or held[0] != content:
+        held = content, compute()
+    _places[place] = held
+    if len(_places) > PLACES:
+        _places.popitem(last=False)
+    return held[1].clone()

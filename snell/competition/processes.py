@@ -16,7 +16,13 @@ __all__ = ["select_among"]
 
 @torch.no_grad()
 def select_among(
-    group: dist.ProcessGroup, pieces: tuple[Tensor, Tensor], A: Tensor, B: Tensor, theta: Tensor, spec: Spec
+    group: dist.ProcessGroup,
+    pieces: tuple[Tensor, Tensor],
+    A: Tensor,
+    B: Tensor,
+    theta: Tensor,
+    spec: Spec,
+    smooth_max: Tensor | None = None,
 ) -> Tensor:
     """tau of the whole matrix, on every process, with the same bits as if one process had selected it.
 
@@ -24,6 +30,7 @@ def select_among(
         group: the processes with the pieces; all of them must call.
         pieces: the factors A and B of this process's piece.
         A, B, theta: ``[n, r]``, ``[m, r]`` and ``[t]`` of the whole matrix, equal on all processes.
+        smooth_max: that of the piece's columns, over all rows, if the kernel function has a softmax.
     """
     if spec.sparsity == 0.0:
         return A.new_zeros(())
@@ -35,7 +42,7 @@ def select_among(
         return counts
 
     def select() -> Tensor:
-        return count(backends.of(A), *pieces, theta, spec, k, add)
+        return count(backends.of(A), *pieces, theta, spec, k, smooth_max, add)
 
     if A.device.type != "cpu":
         return select()

@@ -30,7 +30,8 @@ def refresh_thresholds(model: nn.Module) -> int:
     ``optimizer.step()``. If PyTorch has recorded a later change of the factors, the layer selects again. Some changes
     PyTorch cannot see: a replayed CUDA graph, an optimizer that writes through raw pointers, ``.data``. The GPU finds
     these, and the layer gives NaN instead of a wrong result until this is called again. Layers with sharded factors
-    are skipped; they select when the factors are gathered.
+    are skipped; they select when the factors are gathered. A kernel function with a softmax selects for one layer at a
+    time, since each needs the smooth maxima of its columns first.
 
     Args:
         model: any module; layers are found at any depth.
@@ -45,7 +46,8 @@ def refresh_thresholds(model: nn.Module) -> int:
         if spec.sparsity and not A.is_meta and not isinstance(A, DTensor):
             together[A.device, A.dtype, spec.rank, spec.kernel, spec.groups].append((A, B, theta, spec))
     for layers in together.values():
-        if not hold(backends.of(layers[0][0]), layers):
+        softmax = layers[0][3].function.softmax_of is not None
+        if softmax or not hold(backends.of(layers[0][0]), layers):
             for layer in layers:
                 select(*layer)
     return sum(len(layers) for layers in together.values())

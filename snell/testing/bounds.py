@@ -11,12 +11,13 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from snell import backends, reference
+from snell.testing.softmax import Softmax
 from snell.update import Update
 
 
@@ -32,13 +33,14 @@ class _Scalar(NamedTuple):
 
     Attributes:
         error: bound on K.
-        slopes: of K by each statistic, a distance's divided by the norm; thetas: of K by each scalar parameter. Each
-            with the bound on it.
+        slopes: of K by each statistic, a distance's divided by the norm; thetas: of K by each scalar parameter;
+            maxima: of K by the smooth maxima, if it has a softmax. Each with the bound on it.
     """
 
     error: Tensor
     slopes: list[tuple[Tensor, Tensor]]
     thetas: list[tuple[Tensor, Tensor]]
+    maxima: tuple[Tensor, Tensor] | None = None
 
 
 def _piecewise_linear(s: list[_Statistic], theta: Tensor, eps: float) -> _Scalar:
@@ -86,12 +88,20 @@ def _of_unit(
     return _Scalar(error, [(factor * slope[0], factor * (slope[1] + 8 * eps * slope[0]))], [unit, by_beta, by_gamma])
 
 
+def _mixture(s: list[_Statistic], theta: Tensor, eps: float, smooth_max: Tensor) -> _Scalar:
+    inner = _piecewise_linear(s, theta[:-3], eps)
+    K = torch.einsum("p,pij->ij", theta[:-3], torch.stack([norm for norm, _ in s]))
+    S = Softmax.of(K, inner.error, smooth_max, theta[-1], eps)
+    return _Scalar(*S.mixture(inner.error, inner.slopes, theta[-3:], eps))
+
+
 #: The error bounds of each kernel function's scalar arithmetic.
-_ROWS: dict[str, Callable[[list[_Statistic], Tensor, float], _Scalar]] = {
+_ROWS: dict[str, Callable[..., _Scalar]] = {
     "piecewise_linear": _piecewise_linear,
     "linear": _linear,
     "sigmoid": _sigmoid,
     "rbf": _rbf,
+    "mixture": _mixture,
 }
 
 
@@ -105,7 +115,7 @@ class Expected:
     """The results of an update's operations in float64, and the error bounds of a backend's.
 
     Attributes:
-        update: factors in the backend's precision, and tau as the backend under test selected it.
+        update: factors in the backend's precision, and tau and smooth maxima as the backend under test found them.
     """
 
     update: Update
@@ -118,12 +128,13 @@ class Expected:
     def exact(self) -> Update:
         """The update in float64."""
         A, B, theta, tau = (t.detach().double() for t in self.update[:4])
-        return Update(A, B, theta, tau, self.update.spec)
+        maxima = self.update.smooth_max
+        return Update(A, B, theta, tau, self.update.spec, None, None if maxima is None else maxima.detach().double())
 
     def K(self) -> Tensor:
         """K in float64."""
-        A, B, theta, _, spec, _ = self.exact
-        return reference.kernel_matrix(A, B, theta, kernel=spec.kernel, groups=spec.groups)
+        A, B, theta, _, spec, _, maxima, _ = self.exact
+        return reference.kernel_matrix(A, B, theta, kernel=spec.kernel, groups=spec.groups, smooth_max=maxima)
 
     def K_error(self) -> Tensor:
         """Bound on a backend's K."""
@@ -132,7 +143,7 @@ class Expected:
     @cached_property
     def _statistics(self) -> list[_Statistic]:
         """Each is a sum of r products, or of r squares of rounded differences."""
-        A, B, _, _, spec, _ = self.exact
+        A, B, _, _, spec, *_ = self.exact
         rounding = 2 * (spec.rank + 8) * self.eps
         values = spec.function.statistics(A, B, spec.groups)
         if spec.function.statistic == "dot":
@@ -141,7 +152,8 @@ class Expected:
 
     @cached_property
     def _scalar(self) -> _Scalar:
-        return _ROWS[self.exact.spec.kernel](self._statistics, self.exact.theta, self.eps)
+        _, _, theta, _, spec, _, maxima, _ = self.exact
+        return _ROWS[spec.kernel](self._statistics, theta, self.eps, *([] if maxima is None else [maxima]))
 
     def gates(self) -> tuple[Tensor, Tensor]:
         """Gates in float64, and their bound. An entry whose \\|K\\| is within rounding of tau may survive or not."""
@@ -172,17 +184,16 @@ class Expected:
         return value, rounded(value, bound, dtype)
 
     def gradients(self, G: Tensor, G_error: Tensor | float = 0.0) -> dict[str, tuple[Tensor, Tensor]]:
-        """Gradients of A, B and theta for G, in float64, and their bounds.
-
-        Args:
-            G_error: bound on the G that the backend has, beside this one.
-        """
+        """Gradients of A, B, theta and smooth maxima for a G that is ``G_error`` off, in float64, and their bounds."""
         G_error = G_error + self.tf32_error(G.dtype) * G.double().abs()
-        *factors, tau, spec, _ = self.exact
-        A, B, theta = leaves = tuple(t.clone().requires_grad_() for t in factors)
-        merged = reference.merge(A, B, theta, tau, kernel=spec.kernel, groups=spec.groups, gate=spec.gate)
+        *factors, tau, spec, _, maxima, _ = self.exact
+        A, B, theta = leaves = [t.clone().requires_grad_() for t in factors]
+        if maxima is not None:
+            leaves.append(maxima := maxima.clone().requires_grad_())
+        settings: dict[str, Any] = {"kernel": spec.kernel, "groups": spec.groups, "gate": spec.gate}
+        merged = reference.merge(A, B, theta, tau, **settings, smooth_max=maxima)
         values = torch.autograd.grad(merged, leaves, G.double(), materialize_grads=True, allow_unused=True)
-        names = ("grad_A", "grad_B", "grad_theta")
+        names = ("grad_A", "grad_B", "grad_theta", "grad_smooth_max")[: len(leaves)]
         return dict(zip(names, zip(values, self._gradient_bounds(G.double(), G_error), strict=True), strict=True))
 
     def tf32_error(self, dtype: torch.dtype) -> float:
@@ -190,8 +201,8 @@ class Expected:
         rounds = dtype.itemsize == 2 and backends.of(self.update.A).name == "triton"
         return TF32_ERROR if rounds else 0.0
 
-    def _gradient_bounds(self, G: Tensor, G_error: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
-        A, B, theta, _, spec, _ = self.exact
+    def _gradient_bounds(self, G: Tensor, G_error: Tensor | float) -> list[Tensor]:
+        A, B, theta, _, spec, *_ = self.exact
         gates, gate_error = self.gates()
         H = (G * gates).abs()
         H_error = G.abs() * gate_error + (gates + gate_error) * G_error + 2 * self.eps * H
@@ -203,7 +214,11 @@ class Expected:
         sides = [self._products(*carried(*slope), a, b) for a, b, slope in groups]
         bound_A, bound_B = (torch.cat(side, 1) for side in zip(*sides, strict=True))
         thetas = [self._total(*carried(*slope)) for slope in self._scalar.thetas]
-        return bound_A, bound_B, torch.stack(thetas) if thetas else torch.zeros_like(theta)
+        found = [bound_A, bound_B, torch.stack(thetas) if thetas else torch.zeros_like(theta)]
+        if self._scalar.maxima is not None:
+            terms, error = carried(*self._scalar.maxima)
+            found.append(error.sum(0) + growth(len(B)) * self.eps * terms.sum(0) + _tiny(self.update.A.dtype))
+        return found
 
     def _products(self, C: Tensor, error: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """Bounds on C^T B and C A; for distances, on colsum(C) A - C^T B and rowsum(C) B - C A."""

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from snell import backends, functional
+from snell import backends, competition, functional
 from snell.kernel_functions import KERNEL_FUNCTIONS
 from snell.spec import GATES, Spec
-from snell.testing import bounds, edits
+from snell.testing import bounds, edits, smooth_max
 from snell.testing.bounds import Expected, share_of_bound
 from snell.update import Gradients
 
@@ -86,6 +86,8 @@ class Case:
 
     def layer(self, *names: str, tokens: int = TOKENS, weighted: bool = True) -> float:
         """The largest error of the named results of the layer, for the first ``tokens`` tokens."""
+        if "grad_theta" in names and self.update.smooth_max is not None:
+            names = *names, "grad_smooth_max"
         key = tokens, weighted
         if key not in self._layers:
             self._layers[key] = self._run_layer(tokens, self.weight if weighted else None)
@@ -95,10 +97,13 @@ class Case:
         x = self.x[:tokens].clone().requires_grad_()
         A, B, theta = (t.clone().requires_grad_() for t in self.update[:3])
         bias, grad_y = None if weight is None else self.bias, self.grad_y[:tokens]
-        update = self.update._replace(A=A, B=B, theta=theta)
+        maxima = None if self.update.smooth_max is None else self.update.smooth_max.clone().requires_grad_()
+        update = self.update._replace(A=A, B=B, theta=theta, smooth_max=maxima)
         y = functional.linear(x, weight, bias, update)
         y.backward(grad_y)
         actual = {"y": y, "grad_x": x.grad, "grad_A": A.grad, "grad_B": B.grad, "grad_theta": theta.grad}
+        if maxima is not None:
+            actual["grad_smooth_max"] = maxima.grad
         expected = bounds.layer(self.expected, x.detach(), weight, bias, grad_y)
         return {name: share_of_bound(_present(actual[name]), *pair) for name, pair in expected.items()}
 
@@ -135,7 +140,11 @@ def _factor_gradients(case: Case) -> float:
     if not merged.equal(case.merge(case.weight)):
         return torch.inf
     expected = case.expected.gradients(case.G)
-    return max(share_of_bound(grad, *pair) for grad, pair in zip(grads, expected.values(), strict=True))
+    return max(share_of_bound(grad, *pair) for grad, pair in zip(_held(grads), expected.values(), strict=True))
+
+
+def _held(grads: Gradients) -> list[Tensor]:
+    return [grad for grad in grads if grad is not None]
 
 
 _GRADIENTS = ("grad_x", "grad_A", "grad_B", "grad_theta")
@@ -149,7 +158,10 @@ def _gradients_of_tokens(case: Case) -> float | None:
         return None
     backend.factor_grad(activations, case.update, grads)
     expected = bounds.layer(case.expected, case.x, case.weight, None, case.grad_y)
-    return max(share_of_bound(grad, *expected[name]) for grad, name in zip(grads, _GRADIENTS[1:], strict=True))
+    named = (
+        (getattr(grads, name.removeprefix("grad_")), pair) for name, pair in expected.items() if name[5:] not in "xy"
+    )
+    return max(share_of_bound(grad, *pair) for grad, pair in named)
 
 
 def _few_tokens(case: Case) -> float:
@@ -167,6 +179,20 @@ def _start(case: Case) -> float:
     return 0.0 if functional.dense(less).equal(expected) else torch.inf
 
 
+def _smooth_max(case: Case) -> float | None:
+    """The smooth maxima of columns and their gradients."""
+    A, B, theta, _, spec, _, maxima, _ = case.update
+    if maxima is None:
+        return None
+    grad = case.G[0].to(A.dtype)
+    results = (
+        competition.smooth_max(A, B, theta, spec),
+        *competition.smooth_max_backward(grad, maxima, A, B, theta, spec),
+    )
+    expected = smooth_max.smooth_max(case.update, grad)
+    return max(share_of_bound(result, *pair) for result, pair in zip(results, expected.values(), strict=True))
+
+
 def _edit(case: Case) -> float:
     """The edit of the layer's outputs, and its gradients, with a column of the factors for each vector."""
     u, grad = case.grad_y.clone().requires_grad_(), case.grad_y.flip(0)
@@ -181,6 +207,7 @@ def _edit(case: Case) -> float:
 OPERATIONS: dict[str, Callable[[Case], float | None]] = {
     "select": _select,
     "survivors": _survivors,
+    "smooth maxima": _smooth_max,
     "merge": _merge,
     "merge, less a start": _start,
     "factor gradients": _factor_gradients,

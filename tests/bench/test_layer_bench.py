@@ -11,7 +11,7 @@ from torch import nn
 from snell import functional
 from snell.bench import clock, report
 from snell.bench.clock import median_ratio, slow, take_turns, turns_of_each, turns_within
-from snell.bench.contenders import ADAPT, GROUPS, RANK, SCALE, SPARSITY, Published
+from snell.bench.contenders import ADAPT, GROUPS, RANK, SCALE, SPARSITY, Published, PublishedMixture
 from snell.bench.experiments import layer
 from snell.bench.experiments.layer import COLUMNS, Case
 from snell.bench.memory import extra_peak_bytes, saved_bytes
@@ -79,6 +79,19 @@ def test_the_published_algorithm_is_the_magnitude_gate() -> None:
     tau = functional.select_threshold(layer.A, layer.B, theta, sparsity=SPARSITY, **settings)
     expected = functional.merge(layer.A, layer.B, theta, tau, gate="magnitude", **settings)
     assert delta.count_nonzero() == 40 * 30 - math.ceil(SPARSITY * 40 * 30)
+    assert (delta - expected).norm() <= 1e-4 * expected.norm()
+
+
+def test_the_published_mixture_is_the_magnitude_gate() -> None:
+    layer = PublishedMixture(nn.Linear(40, 30))
+    with torch.no_grad():
+        for scalar, value in ((layer.alpha, 0.5), (layer.beta, 0.01), (layer.gamma, 0.2)):
+            scalar.fill_(value)
+    theta = torch.cat([torch.tensor([SCALE, -SCALE]), layer.alpha, layer.beta, layer.gamma])
+    settings = {"kernel": "mixture", "groups": GROUPS}
+    delta = layer._merge(layer.A, layer.B)
+    tau = functional.select_threshold(layer.A, layer.B, theta, sparsity=SPARSITY, **settings)
+    expected = functional.merge(layer.A, layer.B, theta, tau, gate="magnitude", **settings)
     assert (delta - expected).norm() <= 1e-4 * expected.norm()
 
 

@@ -13,6 +13,7 @@ pytest.importorskip("peft")
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
+from cases import KERNELS
 from snell import SnellLinear, reference
 from snell.bench.core import draw
 from snell.bench.digits import new_vit
@@ -27,7 +28,7 @@ FIT = fit.Settings(size=9, ranks=(4,), matrices=3, steps=40, learning_rate=1e-2)
 # Fitting random matrices.
 
 
-@pytest.mark.parametrize("variant", [*map(fit.Variant, KERNEL_FUNCTIONS), fit.Variant("piecewise_linear", 0.8)])
+@pytest.mark.parametrize("variant", [*map(fit.Variant, KERNELS), fit.Variant("piecewise_linear", 0.8)])
 def test_fitting_takes_the_steps_that_autograd_through_the_definition_takes(variant):
     wanted, spec = fit.targets("full-rank", FIT), variant.spec(4)
     torch.manual_seed(5)

@@ -28,6 +28,7 @@ KERNELS = {
     "bracket_kernel",
     "count_kernel",
     "verify_kernel",
+    "softmax_grad_kernel",
 }
 
 

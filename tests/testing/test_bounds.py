@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from snell import backends, blocks, competition
+from snell import backends, blocks, competition, reference
 from snell.backends.blocked import BlockedBackend
 from snell.kernel_functions import KERNEL_FUNCTIONS
 from snell.testing.cases import DTYPES, FEW, OPERATIONS, Case, Setting
@@ -68,8 +68,8 @@ class Off(BlockedBackend):
         if place == self.place and self.part in results:
             results[self.part].mul_(1 + self.share)
 
-    def select(self, A, B, theta, spec, k):
-        K = spec.function.value(spec.function.statistics(A, B, spec.groups), theta)
+    def select(self, A, B, theta, spec, k, smooth_max):
+        K = reference.kernel_matrix(A, B, theta, kernel=spec.kernel, groups=spec.groups, smooth_max=smooth_max)
         tau = K.abs().flatten().kthvalue(k).values
         self.scale("select", tau=tau)
         return tau
@@ -81,7 +81,8 @@ class Off(BlockedBackend):
     def factor_grad(self, G, update, grads, weight=None, merged=None):
         of_tokens = isinstance(G, Activations)
         super().factor_grad(G, update, grads, weight, merged)
-        self.scale("factor_grad_of_tokens" if of_tokens else "factor_grad", **grads._asdict())
+        named = {part: grad for part, grad in grads._asdict().items() if grad is not None}
+        self.scale("factor_grad_of_tokens" if of_tokens else "factor_grad", **named)
 
     def few_tokens(self, x, weight, bias, update):
         if x.shape[0] > FEW:
@@ -107,7 +108,8 @@ def off(monkeypatch):
 
     def linear_backward(*args):
         grads = backward(*args)
-        backend.scale("linear_backward", **dict(zip(("theta", "B", "A"), reversed(grads), strict=False)), x=grads[0])
+        named = zip(("theta", "B", "A"), reversed(grads if args[3].smooth_max is None else grads[:-1]), strict=False)
+        backend.scale("linear_backward", **dict(named), x=grads[0])
         return grads
 
     monkeypatch.setattr(blocks, "linear_forward", linear_forward)

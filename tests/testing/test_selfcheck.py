@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from snell import backends, blocks, native
+from snell import backends, blocks, native, reference
 from snell.backends.blocked import BlockedBackend
 from snell.testing import bounds, cases, selfcheck
 from snell.testing.selfcheck import Checked
@@ -20,7 +20,7 @@ def wrong(checked: list[Checked]) -> set[str]:
 
 def test_the_thinned_settings_hold_every_pair():
     every, thinned = cases.settings(False), cases.settings(True)
-    assert len(every) == len(set(every)) == 64
+    assert len(every) == len(set(every)) == 80
     for i, j in ((0, 1), (0, 2), (1, 2)):
         assert {(s[i], s[j]) for s in thinned} == {(s[i], s[j]) for s in every}
 
@@ -53,8 +53,8 @@ def test_a_larger_gradient_is_found(monkeypatch, factor):
 
 
 def test_one_wrong_survivor_is_found(monkeypatch):
-    def select_next_larger(self, A, B, theta, spec, k):
-        K = spec.function.value(spec.function.statistics(A, B, spec.groups), theta)
+    def select_next_larger(self, A, B, theta, spec, k, smooth_max):
+        K = reference.kernel_matrix(A, B, theta, kernel=spec.kernel, groups=spec.groups, smooth_max=smooth_max)
         return K.abs().flatten().kthvalue(k + 1).values
 
     monkeypatch.setattr(BlockedBackend, "select", select_next_larger)

@@ -31,15 +31,17 @@ class SnellConfig(TargetsConfig):
             trainable parameters, r * (in + out) a layer; time per step grows with it less than linearly.
         sparsity: Share of dW's entries that are zero, in [0, 1). The entries of largest \\|K\\| survive, and they
             alone get gradients; who survives is settled anew at every step. 0 switches the competition off.
-        kernel: Kernel function kappa: ``piecewise_linear`` (the paper's), ``linear`` (LoRA's merge), ``sigmoid``
-            or ``rbf``. A nonlinear one gives dW more rank than r.
-        groups: Groups the rank axis splits into for ``piecewise_linear``; their distances take alternating signs.
+        kernel: Kernel function kappa: ``piecewise_linear`` (the paper's), ``linear`` (LoRA's merge), ``sigmoid``,
+            ``rbf`` or ``mixture`` (SNELLA's). A nonlinear one gives dW more rank than r.
+        groups: Groups the rank axis splits into for ``piecewise_linear`` and ``mixture``; their distances take
+            alternating signs.
         gate: What a survivor is multiplied by: ``soft`` (\\|K\\| - threshold, the paper's), ``magnitude`` (\\|K\\|,
             the published code's) or ``hard`` (1: plain top-k).
         scale: Size of the kernel function's scalar parameters at the start, and so of dW: it acts on the update
             as a learning rate does. None: as the gate says, 3 for ``soft`` and ``magnitude``, 0.1 for ``hard`` and
             without sparsity.
-        train_theta: Whether those scalars are trained. None: as the kernel function says (``sigmoid``, ``rbf``).
+        train_theta: Whether those scalars are trained. None: as the kernel function says (``sigmoid``, ``rbf``,
+            ``mixture``).
         dropout: Probability of dropping an input of the update, in training, the base layer's input staying
             whole. Above 0 training costs one more multiplication by the base weight per layer.
         target_modules: Names of the modules to adapt (a list: suffixes; a string: a regular expression), or
@@ -71,7 +73,8 @@ class SnellConfig(TargetsConfig):
     r: int = field(default=32, metadata={"help": "Columns of the factors; a multiple of groups."})
     sparsity: float = field(default=0.9, metadata={"help": "Share of the update's entries that are zero, in [0, 1)."})
     kernel: str = field(
-        default="piecewise_linear", metadata={"help": "Kernel function: piecewise_linear, linear, sigmoid or rbf."}
+        default="piecewise_linear",
+        metadata={"help": "Kernel function: piecewise_linear, linear, sigmoid, rbf or mixture."},
     )
     groups: int = field(default=2, metadata={"help": "Groups the rank axis splits into."})
     gate: str = field(default="soft", metadata={"help": "What survivors are multiplied by: soft, magnitude or hard."})
