@@ -20,6 +20,7 @@ from snell.peft.red.config import RedConfig
 from snell.peft.red.layer import EditedLinear
 from snell.peft.red.model import RedModel
 from snell.peft.snell.config import SnellConfig
+from snell.peft.snell.conversion import LoraError, lora_error
 from snell.peft.snell.export import export_sparse
 from snell.peft.snell.layer import AdaptedLinear
 from snell.peft.snell.model import SnellModel
@@ -31,6 +32,7 @@ from snell.peft.xpeft.profile import Profile
 __all__ = [
     "AdaptedLinear",
     "EditedLinear",
+    "LoraError",
     "MaskedLinear",
     "Profile",
     "RedConfig",
@@ -41,6 +43,7 @@ __all__ = [
     "XpeftModel",
     "export_sparse",
     "last_checkpoint",
+    "lora_error",
     "save_adapter",
     "use_profiles",
 ]

@@ -4,10 +4,10 @@ import re
 
 import pytest
 import torch
-from checkout import ROOT
 from safetensors.torch import load_file
 from small_models import adapted, batch, config, logits, train
 
+from checkout import ROOT
 from snell.peft import export_sparse
 from snell.peft.snell.export import skips
 

@@ -62,7 +62,8 @@ def export_sparse(model: PeftModel, path: str | PathLike, adapter_name: str = "d
     if config.bias != "none":
         raise ValueError(f"an adapter with bias={config.bias!r} cannot be exported: its biases are in the base model")
     tensors: dict[str, Tensor] = {}
-    for name, module in model.base_model.model.named_modules():
+    adapted: Any = model.base_model.model
+    for name, module in adapted.named_modules():
         if isinstance(module, AdaptedLinear) and adapter_name in module.adapter_names:
             tensors |= _replaced(name.replace(".base_layer", "") + ".weight", module, adapter_name)
         elif isinstance(module, ModulesToSaveWrapper):

@@ -154,6 +154,10 @@ class AdaptedLinear(TunerLayer):
         delta = functional.dense(self._update(adapter))
         return delta.T if self.fan_in_fan_out else delta
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether ``peft.convert_to_lora`` can take this adapter; :func:`lora_error` says what it loses."""
+        return base.split(self.base_layer, self.fan_in_fan_out) is None
+
     def _change(self, name: str, weight: Tensor, safe_merge: bool) -> Merged:
         update = self._update(name)
         dense = (functional.dense(update, rows, weight[rows]) for rows in row_blocks(update))
