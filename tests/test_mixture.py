@@ -185,7 +185,7 @@ def test_smooth_maxima_are_remembered_until_a_parameter_changes(m, monkeypatch):
     first = competition.smooth_max(A, B, theta, spec)
     K = reference.kernel_matrix(A, B, theta[:2], **INNER)
     torch.testing.assert_close(first, torch.logsumexp(K, 0))
-    monkeypatch.setattr(competition.columns, "of_matrix", None)
+    monkeypatch.setattr(competition.columns, "_compute", None)
     assert competition.smooth_max(A, B, theta, spec).equal(first)
     monkeypatch.undo()
     theta[-1] = 0.5
