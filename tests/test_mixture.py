@@ -139,7 +139,7 @@ def test_gradients_by_finite_differences(gate, sparsity):
 def test_losers_learn_through_the_softmax():
     A, B = factors(7, 5, 4, torch.float64)
     theta = scalars(gamma=0.5, dtype=torch.float64)
-    tau = reference.select_threshold(A, B, theta, sparsity=0.97, **MIXTURE)
+    tau = functional.select_threshold(A, B, theta, sparsity=0.97, **MIXTURE)
     B = B.requires_grad_()
     delta = functional.merge(A, B, theta, tau, **MIXTURE, gate="hard")
     assert delta.count_nonzero() == 1
@@ -185,7 +185,7 @@ def test_smooth_maxima_are_remembered_until_a_parameter_changes(m, monkeypatch):
     first = competition.smooth_max(A, B, theta, spec)
     K = reference.kernel_matrix(A, B, theta[:2], **INNER)
     torch.testing.assert_close(first, torch.logsumexp(K, 0))
-    monkeypatch.setattr(competition.columns, "of_matrix", None)
+    monkeypatch.setattr(competition.columns, "_compute", None)
     assert competition.smooth_max(A, B, theta, spec).equal(first)
     monkeypatch.undo()
     theta[-1] = 0.5
