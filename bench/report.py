@@ -30,15 +30,17 @@ Columns = list[tuple[str, Cell]]
 
 
 def command_line(program: str) -> str:
-    """The command that is running, as a reader would type it; where its results go and data lie is left out."""
+    """The command that is running, as a reader would type it, without where data and results lie and its time limit."""
     context = click.get_current_context(silent=True)
     words = program.split()
     for parameter in context.command.params if context else []:
         source = context.get_parameter_source(parameter.name)
-        if parameter.name not in ("out", "data") and source is ParameterSource.COMMANDLINE:
+        if parameter.name not in ("out", "data", "max_minutes") and source is ParameterSource.COMMANDLINE:
             value = context.params[parameter.name]
+            name = [] if isinstance(parameter, click.Argument) else parameter.opts[:1]
             for one in value if parameter.multiple else [value]:
-                words += [parameter.opts[0], *map(str, one if isinstance(one, tuple) else (one,))]
+                flag = () if one is True else (one,)
+                words += [*name, *map(str, one if isinstance(one, tuple) else flag)]
     return shlex.join(words)
 
 

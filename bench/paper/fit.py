@@ -10,6 +10,7 @@ keeps as many entries as are not zero. The paper gives neither sizes nor ranks; 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -112,7 +113,7 @@ def fit(targets: Tensor, spec: Spec, settings: Settings, tick: Step = lambda: No
         residuals *= 2 / (m * n)
         for parameter in parameters:
             parameter.grad.zero_()
-        for update, grads, G in zip(updates, map(core.Gradients._make, gradients), residuals, strict=True):
+        for update, grads, G in zip(updates, itertools.starmap(core.Gradients, gradients), residuals, strict=True):
             core.backend(update).factor_grad(G, update, grads)
         optimizer.step()
         tick()

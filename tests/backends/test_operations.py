@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from cases import GATES_THAT_COMPETE, KERNELS, LAYOUTS, WEIGHT_DTYPES, Drawn, cases, laid_out
 from snell import backends, competition, functional
@@ -22,11 +23,11 @@ def merge_out(update: Update, weight, out) -> None:
     backends.of(update.A).merge(update, weight, out)
 
 
-def factor_grad(update: Update, G, weight=None, merged=None, grads=None) -> Gradients:
-    """The gradients; added to ``grads`` where those are given."""
+def factor_grad(update: Update, G, weight=None, merged=None, grads=None) -> list[Tensor]:
+    """The gradients that the update has; added to ``grads`` where those are given."""
     grads = Gradients.zeros(update) if grads is None else grads
     backends.of(update.A).factor_grad(G, update, grads, weight, merged)
-    return grads
+    return [grad for grad in grads if grad is not None]
 
 
 def merge(update: Update, weight=None, gate=None):
@@ -39,7 +40,7 @@ def made_up(kernel, groups, gate, A, B, theta, tau) -> Update:
     return Update(A, B, theta, tau, Spec(A.shape[1], 0.5, kernel, groups, gate))
 
 
-def assert_gradients(update: Update, grads: Gradients, G, name="") -> None:
+def assert_gradients(update: Update, grads: list[Tensor], G, name="") -> None:
     for grad, (which, (value, bound)) in zip(grads, Expected(update).gradients(G).items(), strict=True):
         assert_within(grad, value, bound, f"{name} {which}")
 

@@ -22,10 +22,10 @@ def update(m: int, n: int, rank: int = 4, **options) -> Update:
     return Update(A, B, theta, exact(layer), spec)
 
 
-def gradients(u: Update, G: torch.Tensor) -> Gradients:
+def gradients(u: Update, G: torch.Tensor) -> tuple[torch.Tensor, ...]:
     grads = Gradients(*(torch.ones_like(t) for t in u[:3]))
     factor_grad.factor_grad(G, u, grads)
-    return grads
+    return grads.A, grads.B, grads.theta
 
 
 @pytest.mark.parametrize("adds", [True, False], ids=["the last program adds", "a launch adds"])
