@@ -48,7 +48,8 @@ def test_all_is_well_here():
     assert (status, document["problems"], document["ok"]) == (0, [], True)
     checked = {(one["backend"], one["operation"]): one for one in document["self_check"]}
     assert {backend for backend, _ in checked} == set(backends.AVAILABLE)
-    assert all(one["cases"] >= 6 for one in checked.values())
+    # One kernel function of five has smooth maxima, and the slow backend gets a part of the settings.
+    assert all(one["cases"] >= (1 if operation == "smooth maxima" else 6) for (_, operation), one in checked.items())
     # Errors are measured: no bound is so wide that nothing shows, and none is exceeded.
     for operation in ("merge", "linear, forward", "linear, backward"):
         assert 1e-3 < checked["cpu", operation]["largest_error"] <= 1

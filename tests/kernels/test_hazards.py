@@ -44,7 +44,7 @@ def test_no_tensor_is_made_on_the_default_device(kernel, tokens):
             update = functional.update(layer.snell_A, layer.snell_B, layer.snell_theta, layer.spec)
             grads = Gradients.zeros(update)
             backends.of(update.A).factor_grad(G, update, grads)
-        found += grads
+        found += grads[:3]
         with torch.no_grad():
             found.append(layer(x))
     assert all(t.device == CPU for t in found)
