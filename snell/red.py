@@ -75,9 +75,10 @@ class _Edit(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         needs = list(ctx.needs_input_grad)
-        direct = nothing_listens(grad) and not torch.is_grad_enabled()
+        u, scaling = ctx.saved_tensors
+        direct = not torch.is_grad_enabled() and nothing_listens(grad) and (u is None or nothing_listens(u))
         backward = _edit_backward if direct else torch.ops.snell.edit_backward.default
-        found = iter(backward(grad, *ctx.saved_tensors, needs))
+        found = iter(backward(grad, u, scaling, needs))
         return tuple(next(found) if need else None for need in needs)
 
 
