@@ -83,7 +83,8 @@ class MaskedLinear(AdaptedLinear):
             )
         k, bank = config.chosen, self.xpeft_bank[name].on(logits[0].device)
         of = [weights(each.float(), k, config.combine == "mean") for each in logits]
-        A, B = (mix(w, factor, k is not None) for w, factor in zip(of, bank, strict=True))
+        few = k is not None and 4 * k <= bank.A.shape[0]  # gathering more rows takes longer than reading all
+        A, B = (mix(w, factor, few) for w, factor in zip(of, bank, strict=True))
         return A, B if self._competes(name) else B * self.snell_scale[name]
 
     def _competes(self, name: str) -> bool:
