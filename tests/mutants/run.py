@@ -32,7 +32,7 @@ import changes  # noqa: E402
 from subjects import GROUPS, Group  # noqa: E402
 
 FLAGS = "-std=c++17 -O1 -fopenmp -fvisibility=hidden -fno-math-errno -ffp-contract=off -fPIC -w -DSNELL_ISA=base"
-SIMD = ("merge", "select", "factor_grad", "red")
+SIMD = ("merge", "select", "factor_grad", "softmax", "red")
 
 
 class Native:
