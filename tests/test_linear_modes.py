@@ -8,10 +8,12 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from layers import draw, factors
+from snell import competition
 
 
 def test_eval_train_no_grad_and_inference_mode_give_the_same_bits(backend):
@@ -175,3 +177,36 @@ def test_compile_saves_no_more_for_backward_than_eager_does(backend):
     x = torch.randn(64, 40, requires_grad=True)
     compiled(x).sum().backward()
     assert saved_bytes(compiled, x) <= x.nbytes + layer.threshold().nbytes
+
+
+# --- what listens to the dispatcher
+
+
+class Heard(TorchDispatchMode):
+    """The names of the operations that are dispatched inside the context."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.names.append(operation.name())
+        return operation(*args, **(kwargs or {}))
+
+
+def test_a_dispatch_mode_hears_the_operations():
+    layer, x = draw(), torch.randn(5, 14)
+    expected = layer(x)
+    competition.forget()
+    with Heard() as heard:
+        y = layer(x)
+    assert {"snell::linear", "snell::select_threshold"} <= set(heard.names)
+    assert y.equal(expected)
+
+
+def test_a_trace_holds_the_operations():
+    layer, x = draw(), torch.randn(5, 14)
+    with torch.no_grad():
+        traced = torch.jit.trace(layer, torch.randn(3, 14), check_trace=False)
+        assert "snell::linear" in str(traced.inlined_graph)
+        assert traced(x).equal(layer(x))
