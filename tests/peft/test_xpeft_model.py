@@ -40,10 +40,12 @@ def test_a_profile_of_bert_base_has_the_papers_size(num, size, tmp_path):
 @KINDS
 @pytest.mark.parametrize("name", list(BUILDERS))
 def test_masks_change_the_outputs_train_and_merge(name, masks, update):
-    model, base = adapted(name, masks=masks, update=update)
+    # SNELL's gate squares K: at a scale of 1 its update would hardly show.
+    model, base = adapted(name, masks=masks, update=update, scale={"lora": 1.0, "snell": 20.0}[update])
     data = batch(name, 2)
     y = logits(model, data)
-    assert not y.allclose(logits(base, data), atol=1e-4)
+    # These tiny models' outputs move little: by some 1e-4 with unlucky numbers, where rounding moves them by 1e-8.
+    assert (y - logits(base, data)).abs().max() > 1e-6
     with model.disable_adapter():
         assert logits(model, data).equal(logits(base, data))
     assert all(p.grad is not None and p.grad.any() for p in _gradients(model, data))
