@@ -203,7 +203,7 @@ def _within_budgets(_context: click.Context, _parameter: click.Parameter, texts:
     metavar="LANGUAGE=FOLDER",
 )
 @click.option("--checkpoint", type=click.Path(path_type=Path, exists=True), help="A pre-trained model's folder.")
-@_one("--pretraining", _COUNT, 6000, "Steps of pre-training, of 32 sentences each.")
+@_one("--pretraining", _COUNT, 12000, "Steps of pre-training, of 32 sentences each.")
 @_several(
     "--methods",
     "methods",

@@ -20,7 +20,8 @@ from snell.study.training import fit
 
 #: Tokens that a sentence is cut after.
 TOKENS = 64
-#: Some 4 million parameters.
+#: Some 4 million parameters. Pegasus is Marian with the normalisations before the blocks: with Marian's own, after
+#: them, 400 steps left the loss at 7.2 where these reach 5.6, and the model ignored its source.
 SIZES = {
     "d_model": 192,
     "encoder_layers": 3,
@@ -30,7 +31,7 @@ SIZES = {
     "encoder_ffn_dim": 768,
     "decoder_ffn_dim": 768,
 }
-VOCABULARY, BATCH, RATE = 6000, 32, 2e-3
+VOCABULARY, BATCH, RATE = 6000, 32, 1e-3
 #: The word before a source of a language that pre-training has not seen.
 NEW = ">>new<<"
 #: A stopped pre-training goes on from its last multiple of so many steps.
@@ -99,7 +100,7 @@ def _made(parts: Mapping[str, Sentences], vocabulary: int, sizes: Mapping[str, A
     tokenizer = _tokenizer(sides, list(parts), vocabulary)
     pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
     torch.manual_seed(0)
-    config = tf.MarianConfig(
+    config = tf.PegasusConfig(
         vocab_size=len(tokenizer),
         pad_token_id=pad,
         eos_token_id=end,
@@ -110,7 +111,7 @@ def _made(parts: Mapping[str, Sentences], vocabulary: int, sizes: Mapping[str, A
         dropout=0.0,
         **sizes,
     )
-    return tf.MarianMTModel(config), tokenizer
+    return tf.PegasusForConditionalGeneration(config), tokenizer
 
 
 def parent(
