@@ -1,9 +1,9 @@
 """Selective freezing (SAFE) beside the same run without it: memory, products and time over training, and accuracy.
 
-SNELL and LoRA tune the demonstration's network for its target domain. The two runs take turns step by step, from one
-start and on the same batches. What the checks cost is shown beside the time of the steps: it does not grow with the
-length of a training. Memory is what a step keeps for backward, gradients and the optimizer's state. FLOPs are those of
-a step's products of matrices, where SNELL's gradients of kept entries count as a whole product.
+SNELL and LoRA tune the demonstration's network for its target domain, or another task. The two runs take turns step by
+step, from one start and on the same batches. What the checks cost is shown beside the time of the steps: it does not
+grow with the length of a training. Memory is what a step keeps for backward, gradients and the optimizer's state. FLOPs
+are those of a step's products of matrices, where SNELL's gradients of kept entries count as a whole product.
 
 The paper's abstract (arXiv 2412.03587) says -42.85 % memory, -34.59 % computation and -11.82 % time.
 """
@@ -38,11 +38,15 @@ CHECKS = 20
 
 
 class Task(NamedTuple):
-    """``build(method, seed)`` makes a model, ``batches(seed)`` gives its inputs, ``accuracy(model)`` is in percent."""
+    """What is trained: ``build(method, seed)`` a model, with ``optimizer(model, method)``, on ``batches(seed)``.
+
+    ``accuracy(model)`` is in percent; ``facts`` are told with the results.
+    """
 
     steps: int
-    rate: float
+    facts: dict[str, Any]
     build: Callable[[str, int], nn.Module]
+    optimizer: Callable[[nn.Module, str], torch.optim.Optimizer]
     loss: Callable[[nn.Module, Any], Tensor]
     batches: Callable[[int], Iterator[Any]]
     calibration: Callable[[int], dict[str, Tensor]]
@@ -56,12 +60,13 @@ def on_digits(settings: digits.Settings | None = None) -> Task:
     def build(method: str, seed: int) -> nn.Module:
         torch.manual_seed(seed)
         scale = {"scale": None} if method == "snell" else {}
-        return ADAPT[method](digits.with_new_head(transfer.pretrained), digits.RANK, head="classifier", **scale)
+        return ADAPT[method](digits.with_new_head(transfer.pretrained), digits.RANK, head="classifier", **scale).train()
 
     return Task(
         transfer.settings.steps,
-        RATE,
+        {"rate": RATE},
         build,
+        lambda model, _: digits.optimizer(model, RATE),
         digits.loss,
         lambda seed: digits.batches(transfer.few(seed), seed),
         lambda seed: {"pixel_values": transfer.few(seed).pixels[: digits.BATCH]},
@@ -97,8 +102,8 @@ def costs(task: Task, model: nn.Module, optimizer: torch.optim.Optimizer, batch:
 
 def beside(task: Task, method: str, seed: int, share: float, tick: Callable[[], Any]) -> dict[str, Any]:
     """A training with freezing and one without, step by step in turns."""
-    models = {name: task.build(method, seed).train() for name in ("plain", "safe")}
-    optimizers = {name: digits.optimizer(model, task.rate) for name, model in models.items()}
+    models = {name: task.build(method, seed) for name in ("plain", "safe")}
+    optimizers = {name: task.optimizer(model, method) for name, model in models.items()}
     rates = [cosine(optimizer, task.steps) for optimizer in optimizers.values()]
     settings: dict[str, Any] = {"steps": task.steps, "share": share}
     freezing = SelectiveFreezing(models["safe"], optimizers["safe"], task.calibration(seed), **settings)
@@ -129,13 +134,13 @@ def beside(task: Task, method: str, seed: int, share: float, tick: Callable[[], 
     return result | {"over": over["safe"]}
 
 
-def measure(seeds: int, share: float) -> dict[str, Any]:
-    """Both methods over all seeds."""
+def measure(seeds: int, share: float, task: Task | None = None) -> dict[str, Any]:
+    """Both methods over all seeds, on the demonstration's task unless another is given."""
     quiet_libraries()
-    made = on_digits()
+    made = task or on_digits()
     with tqdm(total=len(METHODS) * seeds * made.steps, desc="freezing", unit="step") as bar:
         runs = {m: [beside(made, m, seed, share, bar.update) for seed in range(seeds)] for m in METHODS}
-    settings = {"steps": made.steps, "seeds": seeds, "share frozen": share, "rate": made.rate}
+    settings = {"steps": made.steps, "seeds": seeds, "share frozen": share, **made.facts}
     return {"file": "freezing", "settings": settings, "results": [{"method": m, "runs": runs[m]} for m in METHODS]}
 
 

@@ -68,6 +68,7 @@ STUDIES = {
         "curve": ("snell.study.command:curve", "The difference from LoRA as one setting varies: rank, labels, depth."),
         "translate": ("snell.study.command:translate", "Methods within budgets of parameters on translation."),
         "dynamics": ("snell.study.dynamics", "How survivors and gradients move while SNELL trains, by gate and start."),
+        "freezing": ("snell.study.freezing", "Selective freezing (SAFE) on MiniLM, beside the run without."),
     },
 }
 

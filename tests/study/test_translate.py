@@ -193,7 +193,8 @@ def test_a_stopped_pre_training_goes_on_and_ends_alike(tmp_path, monkeypatch):
         parent.parent(tmp_path / "stopped", parts, 6)
     assert parent.parent(tmp_path / "stopped", parts, 6) == tmp_path / "stopped"
     assert len(calls) == 4  # two, the stopped one, and the rest
-    models = [tf.PegasusForConditionalGeneration.from_pretrained(path).state_dict() for path in (whole, tmp_path / "stopped")]
+    paths = whole, tmp_path / "stopped"
+    models = [tf.PegasusForConditionalGeneration.from_pretrained(path).state_dict() for path in paths]
     assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
     tokenizer = tf.AutoTokenizer.from_pretrained(whole)
     text = "Sýna laghuluna %s"  # bytes: no letter is unknown
