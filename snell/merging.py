@@ -41,14 +41,18 @@ class Merged(NamedTuple):
 
     @torch.no_grad()
     def put_in(self, weight: Tensor) -> None:
-        """Add dW to ``weight [m, n]`` in place. The record then holds the entries that dW replaced."""
+        """Add dW to ``weight [m, n]`` in place. The record then holds the entries that dW replaced.
+
+        The weight may have more axes than two; those after the first are dW's columns.
+        """
         for rows in row_blocks(self.update):
             base = weight[rows]
-            self.replaced.append(base[dense(self.update, rows) != 0])
-            base.copy_(dense(self.update, rows, base))
+            self.replaced.append(base[dense(self.update, rows).view(base.shape) != 0])
+            base.copy_(dense(self.update, rows, base.flatten(1)).view(base.shape))
 
     @torch.no_grad()
     def take_out(self, weight: Tensor) -> None:
         """Restore the replaced entries of ``weight [m, n]`` in place. The update gives their positions."""
         for rows, replaced in zip(row_blocks(self.update), self.replaced, strict=False):
-            weight[rows][dense(self.update, rows) != 0] = replaced
+            base = weight[rows]
+            base[dense(self.update, rows).view(base.shape) != 0] = replaced

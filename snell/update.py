@@ -50,12 +50,12 @@ class Update(NamedTuple):
         start = None if self.start is None else self.start.rows(rows)
         return self._replace(B=self.B[rows], start=start, smooth_max=self._cut(rows, self.of_rows))
 
-    def columns(self, columns: slice) -> Update:
-        """The update of these columns of dW."""
+    def columns(self, columns: slice | Tensor) -> Update:
+        """The update of these columns of dW: a slice of them, or their indices."""
         start = None if self.start is None else self.start.columns(columns)
         return self._replace(A=self.A[columns], start=start, smooth_max=self._cut(columns, not self.of_rows))
 
-    def _cut(self, lines: slice, cuts: bool) -> Tensor | None:
+    def _cut(self, lines: slice | Tensor, cuts: bool) -> Tensor | None:
         return self.smooth_max[lines] if cuts and self.smooth_max is not None else self.smooth_max
 
     def split(self, lengths: int | Sequence[int], dim: int) -> Iterator[Update]:

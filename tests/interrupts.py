@@ -9,6 +9,7 @@ from typing import Any
 
 #: Whose instructions are interrupted.
 FILES = ("snell/linear.py", "snell/merging.py", "snell/peft/common/layer.py", "snell/peft/common/base.py")
+FILES += ("snell/peft/snell/embedding.py",)
 
 
 class _Interrupt:

@@ -190,7 +190,7 @@ T ranked(std::vector<T>& values, int64_t k) {
   const auto [lo, hi] = std::minmax_element(values.begin(), values.end());
   const T low = *lo, scale = (BUCKETS - 1) / (*hi - low);
   size_t kept = values.size();
-  if (kept > BUCKETS && std::isfinite(scale)) {
+  if (kept > BUCKETS && std::isnormal(scale)) {  // it is 0 if a value is infinite
     auto bucket = [=](T value) { return int((value - low) * scale); };  // monotonic, so buckets are in order
     int64_t counts[BUCKETS] = {};
     for (T value : values) ++counts[bucket(value)];

@@ -290,15 +290,19 @@ def test_injection_and_transformers_own_adapter_calls(tmp_path):
 class Embedded(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.embedding, self.conv = nn.Embedding(5, 8), nn.Conv2d(1, 2, 3)
+        self.embedding, self.pool = nn.Embedding(5, 8, max_norm=1.0), nn.MaxPool2d(3)
         self.attention, self.linear = nn.MultiheadAttention(8, 2), nn.Linear(8, 8)
 
 
 @pytest.mark.parametrize(
     ("target", "error", "reason"),
     [
-        ("embedding", TypeError, "Embedding"),
-        ("conv", TypeError, "Conv2d"),
+        ("embedding", ValueError, "max_norm"),
+        (
+            "pool",
+            TypeError,
+            "MaxPool2d; SNELL adapts torch.nn.Linear, Embedding, Conv1d, Conv2d, Conv3d, transformers'",
+        ),
         ("attention", TypeError, "MultiheadAttention"),
         ("attention.out_proj", ValueError, "never calls"),
         ("missing", ValueError, "missing"),

@@ -23,7 +23,7 @@ def test_a_share_of_pefts_own_tests():
     assert found.snell["passed"] > 50
 
 
-CONVOLUTION = "TypeError: conv cannot be adapted: it is a Conv2d; change"
+ATTENTION = "TypeError: mha cannot be adapted: it is a MultiheadAttention; change"
 
 
 def outcomes(name: str, lora: str, snell: str, reason: str = "why") -> dict[str, dict[str, str]]:
@@ -35,14 +35,14 @@ def test_only_a_test_that_passes_with_lora_and_is_not_listed_counts():
     report = {
         **outcomes("test_a[0 MLP]", "passed", "failed"),
         **outcomes("test_b[0 MLP]", "passed", "skipped"),
-        **outcomes("test_a[1 Conv2d]", "passed", "failed", CONVOLUTION),
+        **outcomes("test_a[1 MHA]", "passed", "failed", ATTENTION),
         **outcomes("test_c[0 MLP]", "failed", "failed"),
         **outcomes("test_d[0 MLP]", "failed", "passed"),
         **outcomes("test_e[0 MLP]", "passed", "passed"),
     }
     found = Comparison.of(report)
     assert found.unlisted == ["test_a[0 MLP]: why", "test_b[0 MLP]: why"]
-    assert found.listed == {"SNELL adapts no convolutions": 1}
+    assert found.listed == {"SNELL does not adapt a layer that is read and never called": 1}
     assert found.both == ["test_c[0 MLP]"]
     assert found.idle == list(FAILS)[1:]
     assert found.lora == {"passed": 4, "failed": 2}

@@ -19,12 +19,18 @@ if TYPE_CHECKING:
     from snell.distributed import Split
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_PLAIN = tuple(layer.forward for layer in (nn.Linear, Conv1D, nn.Embedding, *CONVOLUTIONS))
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def features(layer: nn.Module) -> tuple[int, int]:
-    """in_features and out_features."""
-    layer = _innermost(layer)
+    """in_features and out_features: n and m of the weight as a matrix."""
+    layer = innermost(layer)
+    if isinstance(layer, nn.Embedding):
+        return layer.num_embeddings, layer.embedding_dim
+    if isinstance(layer, CONVOLUTIONS):
+        return layer.weight[0].numel(), layer.out_channels
     if isinstance(layer, Conv1D):
         n, m = layer.weight.shape
         return n, m
@@ -33,26 +39,31 @@ def features(layer: nn.Module) -> tuple[int, int]:
 
 def device_and_dtype(layer: nn.Module) -> tuple[torch.device, torch.dtype | None]:
     """Where an adapter of this layer lives, and the dtype of the layer's weight, if it is a float one."""
-    layer = _innermost(layer)
+    layer = innermost(layer)
     tensor = next((t for t in (*layer.parameters(), *layer.buffers())), torch.empty(0))
     weight = getattr(layer, "weight", tensor)
     return tensor.device, weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else None
 
 
 def float_weight(layer: nn.Module, fan_in_fan_out: bool) -> Tensor | None:
-    """The layer's own weight as [m, n], a view, or this process's piece of it; None where it is no float matrix."""
+    """The layer's own weight as [m, n], a view, or this process's piece of it; None where it is no float matrix.
+
+    A convolution's keeps its shape, [m, ...]: in some memory formats no view of it is a matrix.
+    """
     weight: Any = getattr(layer, "weight", None)
     if split(layer, fan_in_fan_out) is not None:
         weight = nn.Parameter(weight.to_local(), requires_grad=False)
     # Quantised weights are subclasses of Parameter or of Tensor, and may call themselves float.
-    if type(weight) not in (nn.Parameter, Tensor) or weight.dtype not in _DTYPES or weight.dim() != 2:
+    if type(weight) not in (nn.Parameter, Tensor) or weight.dtype not in _DTYPES:
+        return None
+    if weight.dim() != 2 and not isinstance(layer, CONVOLUTIONS):
         return None
     return weight.T if fan_in_fan_out else weight
 
 
 def fusable_weight(layer: nn.Module, fan_in_fan_out: bool) -> Tensor | None:
-    """:func:`float_weight`, where calling the layer would do no more than multiply by it and add the bias."""
-    plain = type(layer).forward in (nn.Linear.forward, Conv1D.forward) and "forward" not in vars(layer)
+    """:func:`float_weight`, where calling the layer would do no more than its class in PyTorch does with it."""
+    plain = type(layer).forward in _PLAIN and "forward" not in vars(layer)
     if not plain or any(getattr(layer, hooks) for hooks in _HOOKS) or split(layer, fan_in_fan_out) is not None:
         return None
     return float_weight(layer, fan_in_fan_out)
@@ -67,6 +78,15 @@ def split(layer: nn.Module, fan_in_fan_out: bool) -> Split | None:
 
     found = Split.of(weight)
     return found.T if found is not None and fan_in_fan_out else found
+
+
+def refuse_split(layer: nn.Module) -> None:
+    """Raise ValueError if the layer's weight is split over processes."""
+    if split(innermost(layer), False) is not None:
+        raise ValueError(
+            f"{type(innermost(layer)).__name__} cannot be adapted: its weight is split over processes; of split "
+            "layers SNELL adapts linear ones"
+        )
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -127,7 +147,8 @@ def requantise(tuner_layer: Any, weight: Tensor) -> None:
     backend.set_base_weight(_owner(tuner_layer), weight.T if tuner_layer.fan_in_fan_out else weight)
 
 
-def _innermost(layer: nn.Module) -> nn.Module:
+def innermost(layer: nn.Module) -> nn.Module:
+    """The layer below all tuners' layers."""
     return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
 
 

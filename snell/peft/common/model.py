@@ -15,6 +15,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from snell.peft.common.base import CONVOLUTIONS, innermost
 from snell.peft.common.layer import TunerLayer
 
 __all__ = ["TunerModel"]
@@ -24,6 +25,8 @@ class TunerModel(BaseTuner):
     """A model whose target layers are ``tuner_layer_cls``, a :class:`TunerLayer`."""
 
     tuner_layer_cls: type[TunerLayer]
+    #: What takes its place, a subclass of it, by class of the base layer.
+    other_layers: dict[type[nn.Module], type[TunerLayer]] = {}
 
     @staticmethod
     @abstractmethod
@@ -47,12 +50,12 @@ class TunerModel(BaseTuner):
     ) -> None:
         """Give one module an adapter; ``tuner`` is the model it belongs to, which may mix tuners."""
         settings = cls._settings(config, current_key)
-        kind: Any = cls.tuner_layer_cls
+        kind: Any = cls._layer_cls(target)
         if type(target) is kind:  # and no other tuner's that inherits from it
             adapted: Any = target
             adapted.update_layer(adapter_name, *settings)
             return
-        _check_target(target, parent, current_key, adapter_name, kind.tuner)
+        cls._check_target(target, parent, current_key, adapter_name)
         layer = kind(
             target,
             adapter_name,
@@ -64,10 +67,42 @@ class TunerModel(BaseTuner):
             layer.requires_grad_(False)
         tuner._replace_module(parent, target_name, layer, target)
 
+    @classmethod
+    def _layer_cls(cls, target: nn.Module) -> type[TunerLayer]:
+        inner = innermost(target)
+        return next((kind for of, kind in cls.other_layers.items() if isinstance(inner, of)), cls.tuner_layer_cls)
+
+    @classmethod
+    def _check_target(cls, target: nn.Module, parent: nn.Module, key: str, adapter_name: str) -> None:
+        tuner = cls.tuner_layer_cls.tuner
+        if isinstance(parent, nn.MultiheadAttention):
+            raise ValueError(
+                f"{key} cannot be adapted: torch.nn.MultiheadAttention reads its weight and never calls the layer; "
+                "leave it out with exclude_modules"
+            )
+        if isinstance(target, BaseTunerLayer) and adapter_name in target._all_available_adapter_names():
+            raise ValueError(
+                f"adapter_name must not be {adapter_name!r}: another tuner's adapter of {key} has that name; name the "
+                f"{tuner} adapter otherwise"
+            )
+        inner = innermost(target)
+        sizes = (getattr(inner, "in_features", None), getattr(inner, "out_features", None))
+        known = isinstance(inner, (Conv1D, *cls.other_layers))
+        if not known and not all(isinstance(size, int) for size in sizes):
+            others = "".join(f", {kind.__name__}" for kind in cls.other_layers)
+            raise TypeError(
+                f"{key} cannot be adapted: it is a {type(inner).__name__}; {tuner} adapts torch.nn.Linear{others}, "
+                "transformers' Conv1D and layers with in_features and out_features (quantised ones); change "
+                "target_modules"
+            )
+
     def _layers(self, adapter_name: str) -> Iterator[tuple[str, Any]]:
         """Names of the layers that have this adapter, and the layers."""
         for name, module in self.model.named_modules():
-            if type(module) is self.tuner_layer_cls and adapter_name in module.adapter_names:
+            if (
+                type(module) in (self.tuner_layer_cls, *self.other_layers.values())
+                and adapter_name in module.adapter_names
+            ):
                 yield name, module
 
     @contextmanager
@@ -118,32 +153,12 @@ def _encoder(model: nn.Module) -> nn.Module | None:
     return None if encoder is model else encoder
 
 
-def _check_target(target: nn.Module, parent: nn.Module, key: str, adapter_name: str, tuner: str) -> None:
-    if isinstance(parent, nn.MultiheadAttention):
-        raise ValueError(
-            f"{key} cannot be adapted: torch.nn.MultiheadAttention reads its weight and never calls the layer; "
-            "leave it out with exclude_modules"
-        )
-    if isinstance(target, BaseTunerLayer):
-        if adapter_name in target._all_available_adapter_names():
-            raise ValueError(
-                f"adapter_name must not be {adapter_name!r}: another tuner's adapter of {key} has that name; name the "
-                f"{tuner} adapter otherwise"
-            )
-        target = target.get_base_layer()
-    sizes = (getattr(target, "in_features", None), getattr(target, "out_features", None))
-    if not isinstance(target, Conv1D) and not all(isinstance(size, int) for size in sizes):
-        raise TypeError(
-            f"{key} cannot be adapted: it is a {type(target).__name__}; {tuner} adapts torch.nn.Linear, "
-            "transformers' Conv1D and layers with in_features and out_features (quantised ones); change target_modules"
-        )
-
-
 def _fan_in_fan_out(target: nn.Module, config: Any) -> bool:
-    if isinstance(target, BaseTunerLayer):
-        target = target.get_base_layer()
-    if isinstance(target, Conv1D):
+    target = innermost(target)
+    if isinstance(target, (Conv1D, nn.Embedding)):
         return True
+    if isinstance(target, CONVOLUTIONS):
+        return False
     if isinstance(target, nn.Linear) and config.fan_in_fan_out:
         warnings.warn("fan_in_fan_out is True, but the target is a torch.nn.Linear: using False", stacklevel=2)
         config.fan_in_fan_out = False

@@ -160,7 +160,7 @@ class AdaptedLinear(TunerLayer):
 
     def _change(self, name: str, weight: Tensor, safe_merge: bool) -> Merged:
         update = self._update(name)
-        dense = (functional.dense(update, rows, weight[rows]) for rows in row_blocks(update))
+        dense = (functional.dense(update, rows, weight[rows].flatten(1)) for rows in row_blocks(update))
         if safe_merge and not all(rows.isfinite().all() for rows in dense):
             raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
         return Merged.of(update)
@@ -203,9 +203,9 @@ class AdaptedLinear(TunerLayer):
         """About norm(dW) / norm(W0) at the start; 0 where that cannot be told (opaque, split or meta)."""
         weight = base.float_weight(self.get_base_layer(), self.fan_in_fan_out)
         A, B, theta, spec = self._parameters_of(adapter_name)
-        if weight is None or A.is_meta or weight.shape != (self.out_features, self.in_features):
+        if weight is None or A.is_meta or weight.flatten(1).shape != (self.out_features, self.in_features):
             return 0.0
-        return relative_size(A, B, theta, spec, weight)
+        return relative_size(A, B, theta, spec, weight.flatten(1))
 
     def _moved(self) -> None:
         # Written anew rather than moved: what a model holds after .to_empty() is not what it held before.

@@ -9,9 +9,11 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
 from snell.initial import warn_if_dead, warn_if_large
-from snell.peft.common import checkpoint
+from snell.peft.common import base, checkpoint
 from snell.peft.common.model import TunerModel
 from snell.peft.snell.config import SnellConfig
+from snell.peft.snell.convolution import AdaptedConvolution
+from snell.peft.snell.embedding import AdaptedEmbedding
 from snell.peft.snell.layer import AdaptedLinear
 from snell.spec import Spec
 
@@ -30,6 +32,7 @@ class SnellModel(TunerModel):
 
     prefix: str = "snell_"
     tuner_layer_cls = AdaptedLinear
+    other_layers = {nn.Embedding: AdaptedEmbedding, **dict.fromkeys(base.CONVOLUTIONS, AdaptedConvolution)}
     target_module_mapping: dict[str, Any] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def _check_new_adapter_config(self, config: SnellConfig) -> None:  # type: ignore[override]
