@@ -1,4 +1,4 @@
-"""Registers, shared memory, stack and local bytes of every GPU kernel, compiled ahead of time: no GPU is needed.
+"""Registers, memory and predicted cost of every GPU kernel, compiled ahead of time: no GPU is needed.
 
 The host functions run as they are, on CPU tensors; only the launch is replaced, by a compilation for the
 specialisation that launch would have got: what is read off the machine code is what a GPU would run.
@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from snell import waves
-from snell.bench import core
+from snell.bench import core, slots
 from snell.bench.core import Update
 from snell.bench.report import Cell, Columns, Document, table
 from snell.kernels import launch, rectangles
@@ -32,6 +32,17 @@ from snell.kernels.table import TABLE, Row
 from snell.spec import Spec
 
 CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+
+
+#: What the report shows of all that is compiled: the default kernel function on the usual weight.
+SHOWN = "piecewise_linear 32 2"
+
+#: The kernels with a tile of K, and the bytes of matrices that an entry moves with a weight in bfloat16.
+TILED = {"count_kernel": 0, "merge_kernel": 4, "factor_grad_kernel": 6, "few_tokens_kernel": 2}
+
+#: The kernels of a training step, and the shapes (in x out) and tokens they are predicted for.
+STEP = ("count_kernel", "merge_kernel", "factor_grad_kernel")
+SHAPES, TOKENS = ((4096, 4096), (4096, 11008), (8192, 28672)), (8192, 2048)
 
 
 class _Target:
@@ -43,19 +54,30 @@ class _Target:
         self.get_current_device, self.get_current_stream = lambda: arch, lambda _: 0
 
 
-def resources(compiled: Any) -> dict[str, int]:
-    """Registers, shared memory, stack and local bytes of one compiled kernel."""
+def _dump(cubin: Path, *what: str) -> str:
+    return subprocess.run([CUOBJDUMP, *what, cubin], capture_output=True, text=True, check=True).stdout
+
+
+def resources(compiled: Any, arch: int, tile: int) -> dict[str, Any]:
+    """What one compiled kernel takes: registers and bytes of memory, and slots if it has a tile of so many entries."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        command = [CUOBJDUMP, "--dump-resource-usage", file.name]
-        dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    usage = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", dump)}
-    if usage.keys() != {"REG", "STACK", "SHARED", "LOCAL"}:
-        raise RuntimeError(f"cuobjdump told no resources: {dump!r}")
+        usage, sass = _dump(Path(file.name), "--dump-resource-usage"), _dump(Path(file.name), "-sass") if tile else ""
+    used = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+    if used.keys() != {"REG", "STACK", "SHARED", "LOCAL"}:
+        raise RuntimeError(f"cuobjdump told no resources: {usage!r}")
     # Triton's tiles are dynamic shared memory, which the machine code does not tell of.
-    shared = {"shared": usage["SHARED"] + compiled.metadata.shared, "warps": compiled.metadata.num_warps}
-    return {"registers": usage["REG"], "stack": usage["STACK"], "local": usage["LOCAL"], **shared}
+    shared, warps = used["SHARED"] + compiled.metadata.shared, compiled.metadata.num_warps
+    return {
+        "registers": used["REG"],
+        "stack": used["STACK"],
+        "local": used["LOCAL"],
+        "shared": shared,
+        "warps": warps,
+        "resident": slots.resident(arch, used["REG"], shared, warps),
+        "slots": slots.slots(sass, tile / (32 * warps)) if tile else None,
+    }
 
 
 #: Multiprocessors of an A100, an H100 and a B200: plans of launches go by them.
@@ -75,7 +97,9 @@ def launches(call: Callable[[], object], arch: int, seen: set[str]) -> Iterator[
             settings += " start" if any(isinstance(arg, tuple) for arg in args) else ""
             dtypes = {str(t.dtype).removeprefix("torch.") for t in args if isinstance(t, torch.Tensor)}
             facts = {"kernel": kernel.__name__, "arch": arch, "settings": settings, "dtypes": " ".join(sorted(dtypes))}
-            found.append(facts | resources(compiled))
+            # Disassembling takes longest: of what the report shows alone.
+            tile = meta["BLOCK_M"] * meta["BLOCK_N"] if kernel.__name__ in TILED and settings == SHOWN else 0
+            found.append(facts | resources(compiled, arch, tile))
 
     driver.set_active(_Target(arch))
     here = mock.patch.multiple(launch, run=run, row=lambda name, _: TABLE[arch][name])
@@ -126,12 +150,8 @@ def measure(arch: Sequence[str]) -> dict[str, Any]:
     return {"triton": triton.__version__, "kernels": found}
 
 
-#: What the report shows of all that is compiled: the default kernel function on the usual weight.
-SHOWN = "piecewise_linear 32 2"
-
-
-def report(document: Document) -> str:
-    """The results file as Markdown: registers a thread and shared memory, with the most of each kernel's variants."""
+def _maxima(document: Document) -> str:
+    """Registers a thread and shared memory, with the most of each kernel's variants."""
     rows = [row for row in document["kernels"] if row["settings"] == SHOWN or not row["settings"]]
 
     def most(arch: int) -> Cell:
@@ -144,9 +164,67 @@ def report(document: Document) -> str:
 
     columns: Columns = [("kernel", lambda kernel: f"`{kernel}`")]
     columns += [(f"sm_{arch}: registers, shared", most(arch)) for arch in sorted({row["arch"] for row in rows})]
+    return table(columns, dict.fromkeys(row["kernel"] for row in rows))
+
+
+def _clocks(row: dict[str, Any]) -> float:
+    return slots.clocks(row["slots"], TILED[row["kernel"]])
+
+
+def _costs(costly: Sequence[dict[str, Any]]) -> str:
+    """Slots an entry of each kernel with a tile of K."""
+
+    def of(pipe: str) -> Cell:
+        return lambda row: f"{row['slots'].get(pipe, 0):.1f}"
+
+    columns: Columns = [
+        ("kernel", "`{kernel}`"),
+        ("slots", lambda row: f"{slots.total(row['slots']):.1f}"),
+        *((pipe, of(pipe)) for pipe in ("FP32", "integer", "multiply", "loads", "MUFU", "tensor", "other")),
+        ("blocks resident", "{resident}"),
+        ("predicted clocks", lambda row: f"{_clocks(row):.2f}"),
+    ]
+    return table(columns, costly)
+
+
+def _predictions(costly: Sequence[dict[str, Any]]) -> str:
+    """Predicted microseconds of a training step's kernels beside the floor."""
+    clocks = {row["kernel"]: _clocks(row) for row in costly}
+
+    def time(kernel: str) -> Cell:
+        return lambda case: f"{slots.microseconds(case[0] * case[1], clocks[kernel]):.0f} us"
+
+    def over(case: tuple[int, int, int]) -> str:
+        entries = case[0] * case[1]
+        share = slots.microseconds(entries, sum(clocks[kernel] for kernel in STEP)) / slots.floor(entries, case[2])
+        return f"+{share:.1%}"
+
+    columns: Columns = [
+        ("in x out, tokens", lambda case: "{} x {}, {}".format(*case)),
+        ("floor", lambda case: f"{slots.floor(case[0] * case[1], case[2]):.0f} us"),
+        *((f"`{kernel}`", time(kernel)) for kernel in STEP),
+        ("predicted over the floor", over),
+    ]
+    return table(columns, [(*shape, tokens) for tokens in TOKENS for shape in SHAPES])
+
+
+def report(document: Document) -> str:
+    """The results file as Markdown."""
+    costly: dict[str, dict[str, Any]] = {}
+    for row in document["kernels"]:
+        if (row["arch"], row["settings"]) == (90, SHOWN) and row["kernel"] in TILED:
+            costly.setdefault(row["kernel"], row)
     spilled = sum(row["stack"] + row["local"] for row in document["kernels"])
-    return (
-        f"{table(columns, dict.fromkeys(row['kernel'] for row in rows))}\n\n{len(document['kernels'])} kernels "
-        f"compiled by Triton {document['triton']}; stack and local memory of all together: {spilled} bytes. "
-        f"`{document['command']}`."
+    parts = [_maxima(document)]
+    if set(STEP) <= costly.keys():
+        parts += [
+            "Slots an entry on sm_90 with a bfloat16 weight (thread-instructions of the main loop, by pipe):",
+            _costs(list(costly.values())),
+            "What they predict for an H100, which nothing has measured:",
+            _predictions(list(costly.values())),
+        ]
+    parts.append(
+        f"{len(document['kernels'])} kernels compiled by Triton {document['triton']}; stack and local memory of all "
+        f"together: {spilled} bytes. `{document['command']}`."
     )
+    return "\n\n".join(parts)

@@ -55,7 +55,7 @@ BENCHMARKS = {
         "generate": (f"{_EXPERIMENTS}.gpu", "Few tokens through an unmerged layer."),
         "resources": (
             f"{_EXPERIMENTS}.resources",
-            "Registers and memory of the GPU kernels, compiled ahead of time. Needs no GPU.",
+            "Registers, memory and predicted cost of the GPU kernels, compiled ahead of time. Needs no GPU.",
         ),
         "tune": (f"{_EXPERIMENTS}.tune", "Search tile sizes and print rows for the table of launch parameters."),
     },

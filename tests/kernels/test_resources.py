@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from checkout import ROOT
+
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton's compiler")
 
 #: Bytes of shared memory one block may take (CUDA C++ programming guide, compute capabilities).
@@ -51,10 +53,16 @@ def faults(found: dict) -> list[str]:
     return told
 
 
-@pytest.mark.parametrize("arch", SHARED)
-def test_kernels_keep_to_registers_and_shared_memory(arch, tmp_path, capsys):
-    run("-m", "snell", "bench", "resources", "--arch", str(arch), "--out", tmp_path)
-    table = json.loads((tmp_path / "resources.json").read_text())["kernels"]
+@pytest.fixture(scope="module", params=SHARED)
+def compiled(request, tmp_path_factory) -> tuple[int, dict]:
+    """An architecture and what ``snell bench resources`` writes for it."""
+    out = tmp_path_factory.mktemp("resources")
+    run("-m", "snell", "bench", "resources", "--arch", str(request.param), "--out", out)
+    return request.param, json.loads((out / "resources.json").read_text())
+
+
+def test_kernels_keep_to_registers_and_shared_memory(compiled, capsys):
+    arch, table = compiled[0], compiled[1]["kernels"]
     with capsys.disabled():
         print(f"\n{'sm_' + str(arch):20}{'settings':28}{'dtypes':36}{'warps':>6}{'regs':>6}{'shared':>8}{'stack':>6}")
         for row in table:
@@ -64,6 +72,38 @@ def test_kernels_keep_to_registers_and_shared_memory(arch, tmp_path, capsys):
             )
     assert {row["kernel"] for row in table} == KERNELS
     assert [fault for row in table for fault in faults(row)] == []
+
+
+def slots_of(document: dict, arch: int) -> dict[tuple, list[float]]:
+    """Slots an entry of every kernel that was counted, of its variants in the order they were compiled."""
+    found: dict[tuple, list[float]] = {}
+    for row in document["kernels"]:
+        if row["slots"] and row["arch"] == arch:
+            total = sum(count for pipe, count in row["slots"].items() if pipe != "products")
+            found.setdefault((row["kernel"], row["settings"], row["dtypes"]), []).append(total)
+    return found
+
+
+def grown(before: dict[tuple, list[float]], now: dict[tuple, list[float]]) -> list[str]:
+    """Kernels that take over 5 % more slots than before."""
+    return [
+        f"{' '.join(key)}: {after:.1f} slots an entry, {then:.1f} in bench/results/resources.json"
+        for key, counts in now.items()
+        for then, after in zip(before[key], counts, strict=True)
+        if after > 1.05 * then
+    ]
+
+
+def test_no_kernel_takes_more_slots_than_recorded(compiled):
+    arch, now = compiled
+    recorded = json.loads((ROOT / "bench" / "results" / "resources.json").read_text())
+    if recorded["triton"] != now["triton"]:
+        pytest.skip(f"slots were recorded with Triton {recorded['triton']}")
+    before, after = slots_of(recorded, arch), slots_of(now, arch)
+    assert before.keys() == after.keys()
+    assert grown(before, after) == []
+    more = {key: [1.06 * count for count in counts] for key, counts in before.items()}
+    assert len(grown(before, more)) == sum(map(len, before.values())) > 0
 
 
 def test_a_kernel_that_spills_is_found():
