@@ -42,6 +42,8 @@ def run(
     max_minutes: float | None,
 ) -> None:
     """Compare the methods within each budget on each pair, and publish ``translate.json``."""
+    import sacrebleu  # noqa: F401 (if it is missing, say so before hours of training)
+
     torch.set_num_threads(threads)
     quiet_libraries()
     parts = _parts(folder, [name for name, _ in (*near, *far)], texts)

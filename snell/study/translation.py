@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-import sacrebleu
 import torch
 from torch import Tensor
 
@@ -60,6 +59,8 @@ class Grid:
 
 def scores(outputs: Sequence[str], references: Sequence[str], language: str) -> dict[str, Any]:
     """sacrebleu's corpus ``bleu`` and ``chrf`` of the outputs, 0 to 100, with their signatures."""
+    import sacrebleu  # the report of a study needs no scores
+
     bleu = sacrebleu.BLEU(tokenize=CUT.get(language.partition("_")[0], "13a"))
     chrf = sacrebleu.CHRF()
     found = {name: metric.corpus_score(list(outputs), [list(references)]).score for name, metric in _named(bleu, chrf)}
