@@ -24,6 +24,7 @@ from snell.peft.snell.conversion import LoraError, lora_error
 from snell.peft.snell.export import export_sparse
 from snell.peft.snell.layer import AdaptedLinear
 from snell.peft.snell.model import SnellModel
+from snell.peft.snell.scaling import rescale_adapter_scale
 from snell.peft.xpeft.config import XpeftConfig
 from snell.peft.xpeft.layer import MaskedLinear, use_profiles
 from snell.peft.xpeft.model import XpeftModel
@@ -44,6 +45,7 @@ __all__ = [
     "export_sparse",
     "last_checkpoint",
     "lora_error",
+    "rescale_adapter_scale",
     "save_adapter",
     "use_profiles",
 ]
