@@ -18,6 +18,7 @@ from snell.kernels.select import (
     MISSES,
     SHIFT,
     fresh,
+    halves_of_program,
     keys,
     kth_smallest,
     layer_of_program,
@@ -33,6 +34,7 @@ _CHUNK = tl.constexpr(1024)
 @triton.jit
 def _count(
     factors_ptr,
+    halves,
     theta_ptr,
     max_ptr,
     state_ptr,
@@ -58,7 +60,7 @@ def _count(
     at_hi = tl.zeros([BLOCK_N], tl.int32)
     for tile in tl.range(start, tl.cdiv(m, BLOCK_M) * tl.cdiv(n, BLOCK_N), step, disable_licm=True):
         indices = tile_indices(tile, m, n, BLOCK_M, BLOCK_N)
-        key = keys(factors_ptr, theta_ptr, max_ptr, stride, n, indices, RANK, GROUPS, STATISTIC, KERNEL)
+        key = keys(factors_ptr, halves, theta_ptr, max_ptr, stride, n, indices, RANK, GROUPS, STATISTIC, KERNEL)
         mask = indices[2] & indices[3]
         below += tl.sum((mask & (key < lo)).to(tl.int32), 0)
         at_lo += tl.sum((mask & (key == lo)).to(tl.int32), 0)
@@ -133,6 +135,7 @@ def _choose(
 @triton.jit(do_not_specialize=["k", "bucket", "salt", "goes_on"])
 def count_kernel(
     factors_ptr,
+    halves,
     theta_ptr,
     max_ptr,
     state_ptr,
@@ -161,12 +164,14 @@ def count_kernel(
     factors_ptr, theta_ptr, state_ptr = layer_of_program(factors_ptr, theta_ptr, state_ptr, m, n, NUM_THETA, BINS)
     bucket_ptr += tl.program_id(1).to(tl.int64) * BINS * bucket
     tau_ptr += tl.program_id(1)
+    if halves is not None:
+        halves = halves_of_program(halves, m, n, RANK, GROUPS)
     start, step = tl.program_id(0), tl.num_programs(0)
     shift = fresh(state_ptr + SHIFT)
     while shift >= 0:
         _count(
-            factors_ptr, theta_ptr, max_ptr, state_ptr, bucket_ptr, stride, m, n, bucket, start, step, RANK, GROUPS,
-            STATISTIC, KERNEL, BLOCK_M, BLOCK_N,
+            factors_ptr, halves, theta_ptr, max_ptr, state_ptr, bucket_ptr, stride, m, n, bucket, start, step, RANK,
+            GROUPS, STATISTIC, KERNEL, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         shift = tl.full([], -1, tl.int64)
         if is_last(state_ptr + ARRIVED, step):

@@ -45,8 +45,8 @@ from snell.update import Gradients, Update
 #: Groups whose norms stay in registers between K and the gradients; more are computed again.
 HELD = tl.constexpr(4)
 
-#: Outputs and shares that one step of a reduction adds: 64 numbers a thread in flight.
-OUTPUTS, SHARES = 256, 32
+#: Outputs of a warp and shares that one step of a reduction adds: 32 numbers a thread in flight.
+OUTPUTS, SHARES = 32, 32
 
 
 @triton.jit
@@ -78,7 +78,7 @@ def _add_to_shares(
 
     ``known``: the columns, rows and programs below which shares hold numbers already.
     """
-    b_ptr, a_ptr, b_stride, a_stride = factors
+    b_ptr, a_ptr, b_stride, a_stride, _ = factors
     share_a_ptr, share_b_ptr, share_theta_ptr = shares
     rows, cols, row_mask, col_mask = tile
     known_cols, known_rows, known_theta = known
@@ -118,6 +118,7 @@ def factor_grad_kernel(
     theta_ptr,
     tau_ptr,
     max_ptr,
+    halves,
     G_ptr,
     weight_ptr,
     merged_ptr,
@@ -176,7 +177,7 @@ def factor_grad_kernel(
     if not OWNS_ROWS:
         mine_b_ptr = share_b_ptr + column.to(tl.int64) * m * RANK
     shares = mine_a_ptr, mine_b_ptr, share_theta_ptr + program.to(tl.int64) * NUM_THETA
-    factors = b_ptr, a_ptr, b_stride, a_stride
+    factors = b_ptr, a_ptr, b_stride, a_stride, halves
     for step in tl.range(height * width, num_stages=1, disable_licm=True):
         i, j = step % height, step // height
         rows = ((strip * tall + i) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
@@ -251,17 +252,16 @@ def factor_grad(
     G: Tensor, update: Update, grads: Gradients, weight: Tensor | None = None, merged: Tensor | None = None
 ) -> None:
     """Add to ``grads``, with float32 factors; G, weight and merged may have any strides."""
-    A, B, theta, tau, spec, _, maxima, _ = update
+    A, B, theta, tau, spec, _, maxima, *_ = update
     (m, n), rank = G.shape, spec.rank
-    many = spec.num_statistics > 2 or maxima is not None
-    row = launch.row("factor_grad_many" if many else "factor_grad", G)
+    operation = "factor_grad_many" if spec.num_statistics > 2 or maxima is not None else "factor_grad"
+    row = launch.row(operation, G, update.halves)
     A, B = launch.k_major(A), launch.k_major(B)
     if not (grads.A.is_contiguous() and grads.B.is_contiguous()):
         raise ValueError("grad_A and grad_B must be contiguous")
-    num_theta = theta.numel()
+    num_theta = theta.numel() if maxima is None else 0
     if maxima is not None:
         softmax_grad(G, update, grads)
-        num_theta = 0
     plan = rectangles.plan(m, n, rank, row, waves.num_processors(G.device), rectangles.budget(G))
     for start in range(0, m, plan.height):
         stop = min(start + plan.height, m)
@@ -273,13 +273,13 @@ def factor_grad(
         adds = rectangles.adds(plan, row, rank, down, across)
         arrived = torch.zeros((down + across + 1) if adds else 0, dtype=torch.int64, device=G.device)
         g, b = G[start:stop], B[start:stop]
-        w = g if weight is None else weight[start:stop]
-        out = g if merged is None else merged[start:stop]
+        w, out = (g if t is None else t[start:stop] for t in (weight, merged))
+        operands = A, b, theta, tau, maxima, launch.halves(update.rows(slice(start, stop))), g, w, out
         strides = (A.stride(1), b.stride(1), *g.stride(), *w.stride(), *out.stride())
         launch.run(
             factor_grad_kernel,
             down * across,
-            (A, b, theta, tau, maxima, g, w, out, *shares, *parts, arrived, *strides, rows, n, plan.tall, plan.wide),
+            (*operands, *shares, *parts, arrived, *strides, rows, n, plan.tall, plan.wide),
             row,
             HAS_WEIGHT=weight is not None,
             HAS_MERGED=merged is not None,
@@ -292,7 +292,7 @@ def factor_grad(
             BLOCK_R=block_r(spec),
             BLOCK_M=row.block_m,
             BLOCK_N=row.block_n,
-            OUTPUTS=OUTPUTS,
+            OUTPUTS=OUTPUTS * row.num_warps,
             SHARES=SHARES,
             **launch.meta(spec),
         )

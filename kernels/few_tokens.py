@@ -34,6 +34,7 @@ def few_tokens_kernel(
     theta_ptr,
     tau_ptr,
     max_ptr,
+    halves,
     weight_ptr,
     split_ptr,
     a_stride,
@@ -67,7 +68,7 @@ def few_tokens_kernel(
         col_mask = cols < n
         # By 0, which the compiler cannot know: or it keeps every number of B's rows in registers, and spills.
         rows += still
-        factors, indices = (b_ptr, a_ptr, b_stride, a_stride), (rows, cols, row_mask, col_mask)
+        factors, indices = (b_ptr, a_ptr, b_stride, a_stride, halves), (rows, cols, row_mask, col_mask)
         statistics = pair_statistics(factors, indices, RANK, GROUPS, STATISTIC)
         K = kernel_value(statistics, theta_ptr, max_ptr, indices, GROUPS, KERNEL)
         gate = gate_value(K, tau_ptr, GATE)
@@ -105,9 +106,9 @@ def add_splits_kernel(split_ptr, bias_ptr, y_ptr, splits, size, m, HAS_BIAS: tl.
 
 def linear_few(x: Tensor, weight: Tensor | None, bias: Tensor | None, update: Update) -> Tensor:
     """y [tokens, m] of ``x [tokens, n]``, tokens <= TOKENS, with float32 factors and x below float64."""
-    A, B, theta, tau, spec, _, maxima, _ = update
+    A, B, theta, tau, spec, _, maxima, *_ = update
     (tokens, n), m = x.shape, B.shape[0]
-    row = launch.row("few_tokens", x)
+    row = launch.row("few_tokens", x, update.halves)
     x, A, B = x.contiguous(), launch.k_major(A), launch.k_major(B)
     across, down = -(-n // row.block_n), -(-m // row.block_m)
     splits = min(across, max(1, -(-PROGRAMS * waves.num_processors(x.device) // down)))
@@ -117,7 +118,10 @@ def linear_few(x: Tensor, weight: Tensor | None, bias: Tensor | None, update: Up
     launch.run(
         few_tokens_kernel,
         (down, splits),
-        (x, A, B, theta, tau, maxima, source, sums, A.stride(1), B.stride(1), *source.stride(), tokens, m, n, 0, start),
+        (
+            *(x, A, B, theta, tau, maxima, launch.halves(update), source, sums),
+            *(A.stride(1), B.stride(1), *source.stride(), tokens, m, n, 0, start),
+        ),
         row,
         GATE=spec.gate,
         HAS_WEIGHT=weight is not None,

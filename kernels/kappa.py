@@ -4,11 +4,8 @@ K of an entry has the same bits in every kernel. All that decides them is in thi
 ascending order with explicit fused multiply-adds, so neither the tile nor an entry's place in it changes the order,
 and every launch turns the compiler's own fusing off (``enable_fp_fusion=False``).
 
-Distances are summed as ``(b - a)^2``. ``|b|^2 + |a|^2 - 2 a.b`` on tensor cores would be cheaper, but it cancels where
-b is near a (an absolute error of 1e-7 (|a|^2 + |b|^2) under a square root), its bits depend on the instruction a tile
-shape gets, and splitting, norms and a guard against the cancellation take back much of what the tensor core saves.
-The price is 2 r operations an entry on the fp32 lanes: 15e9 at 28672 x 8192 and r = 32, beside 1.9e12 multiply-adds
-of one GEMM of 8192 tokens on tensor cores, which are some thirty times as fast. A dot product is half of it.
+Distances are summed as ``(b - a)^2``, at the price of 2 r operations an entry on the fp32 lanes; a dot product is half
+of it. Where factors come with halves, ``halves`` computes the statistics on tensor cores instead, for every kernel.
 
 Factors come k-major (one column of the rank axis contiguous, see ``launch.k_major``): a load of one k is coalesced and
 16 bytes wide. Up to a rank of UNROLLED the loop is unrolled, which lets the compiler give K the layout of the tile it
@@ -21,6 +18,7 @@ import triton
 import triton.language as tl
 
 from snell.kernel_functions import GAMMA_LEAST
+from snell.kernels.halves import halves_statistic
 
 #: The statistic each kernel function reads: ``dot`` (b . a), ``square`` (|b - a|^2) or ``norm`` (|b - a|).
 STATISTICS = {"piecewise_linear": "norm", "linear": "dot", "sigmoid": "dot", "rbf": "square", "mixture": "norm"}
@@ -36,10 +34,19 @@ UNROLLED = tl.constexpr(64)
 def pair_statistic(factors, tile, p, RANK: tl.constexpr, GROUPS: tl.constexpr, STATISTIC: tl.constexpr):
     """The statistic of group p.
 
-    ``factors``: pointers to B and A and their strides from one rank column to the next. ``tile``: rows, columns and
-    their masks; ``rows [M, 1]`` and ``cols [1, N]`` give [M, N] of every pair, equal shapes the pairs themselves.
+    ``factors``: pointers to B and A, their strides from one rank column to the next, and their halves or None.
+    ``tile``: rows, columns and their masks; ``rows [M, 1]`` and ``cols [1, N]`` give [M, N] of every pair. Equal shapes
+    give the pairs themselves, without halves.
     """
-    b_ptr, a_ptr, b_stride, a_stride = factors
+    if factors[4] is not None:
+        return halves_statistic(factors, tile, p, RANK, GROUPS, STATISTIC)
+    else:
+        return direct_statistic(factors, tile, p, RANK, GROUPS, STATISTIC)
+
+
+@triton.jit
+def direct_statistic(factors, tile, p, RANK: tl.constexpr, GROUPS: tl.constexpr, STATISTIC: tl.constexpr):
+    b_ptr, a_ptr, b_stride, a_stride, _ = factors
     rows, cols, row_mask, col_mask = tile
     COUNT: tl.constexpr = RANK // GROUPS
     acc = tl.zeros((row_mask & col_mask).shape, tl.float32)
@@ -184,8 +191,9 @@ def less_start(
     GATE: tl.constexpr,
 ):
     """K * gate less the same of the start's entries (``launch.start``): 0 where both are equal."""
-    a_ptr, b_ptr, theta_ptr, tau_ptr, max_ptr, a_stride, b_stride = start
-    statistics = pair_statistics((b_ptr, a_ptr, b_stride, a_stride), tile, RANK, GROUPS, STATISTIC)
+    a_ptr, b_ptr, theta_ptr, tau_ptr, max_ptr, a_stride, b_stride, halves = start
+    factors = b_ptr, a_ptr, b_stride, a_stride, halves
+    statistics = pair_statistics(factors, tile, RANK, GROUPS, STATISTIC)
     first = kernel_value(statistics, theta_ptr, max_ptr, tile, GROUPS, KERNEL)
     return K * gate - first * gate_value(first, tau_ptr, GATE)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from snell.kernels.kappa import STATISTICS
-from snell.kernels.table import TABLE, Row
+from snell.kernels.table import HALVES, TABLE, Row
 from snell.spec import Spec
 from snell.update import Update
 
@@ -38,8 +38,13 @@ def is_capturing(device: torch.device) -> bool:
         return torch.cuda.is_current_stream_capturing()
 
 
-def row(operation: str, like: Tensor) -> Row:
-    """The launch table's row for the device ``like`` lives on: that of the newest architecture not above it."""
+def row(operation: str, like: Tensor, halves: tuple | None = None) -> Row:
+    """The launch table's row for the device ``like`` lives on: that of the newest architecture not above it.
+
+    Where K is computed from halves, every architecture has the same rows, and so the same instructions for K.
+    """
+    if halves is not None:
+        return HALVES[operation]
     arch = _architecture(like.device.index) if like.is_cuda else 90
     known = [a for a in TABLE if a <= arch]
     return TABLE[max(known) if known else min(TABLE)][operation]
@@ -52,12 +57,20 @@ def meta(spec: Spec) -> dict[str, Any]:
 
 
 def start(update: Update) -> tuple | None:
-    """The factors, theta, tau and strides of an update's start, as the kernels take them."""
+    """The factors, theta, tau, strides and halves of an update's start, as the kernels take them."""
     if update.start is None:
         return None
     A, B, theta, tau = update.start[:4]
     A, B = k_major(A), k_major(B)
-    return A, B, theta, tau, update.start.smooth_max, A.stride(1), B.stride(1)
+    return A, B, theta, tau, update.start.smooth_max, A.stride(1), B.stride(1), halves(update.start)
+
+
+def halves(update: Update) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The parts of B and of A and the scale, as the kernels take them."""
+    if update.halves is None:
+        return None
+    of_A, of_B, scale = update.halves
+    return of_B, of_A, scale
 
 
 def tiles(m: int, n: int, row: Row) -> int:

@@ -48,6 +48,7 @@ def merge_kernel(
     theta_ptr,
     tau_ptr,
     max_ptr,
+    halves,
     weight_ptr,
     out_ptr,
     a_stride,
@@ -70,7 +71,8 @@ def merge_kernel(
 ):
     tile = tile_indices(tl.program_id(0), m, n, BLOCK_M, BLOCK_N)
     rows, cols, row_mask, col_mask = tile
-    statistics = pair_statistics((b_ptr, a_ptr, b_stride, a_stride), tile, RANK, GROUPS, STATISTIC)
+    factors = b_ptr, a_ptr, b_stride, a_stride, halves
+    statistics = pair_statistics(factors, tile, RANK, GROUPS, STATISTIC)
     K = kernel_value(statistics, theta_ptr, max_ptr, tile, GROUPS, KERNEL)
     gate = gate_value(K, tau_ptr, GATE)
     if start is not None:
@@ -88,10 +90,10 @@ def merge_kernel(
 
 def merge(update: Update, weight: Tensor | None, out: Tensor) -> None:
     """``weight + dW`` or dW into ``out``, with float32 factors; both may have any strides."""
-    A, B, theta, tau, spec, _, maxima, _ = update
+    A, B, theta, tau, spec, _, maxima, *_ = update
     (m, n), A, B = out.shape, launch.k_major(A), launch.k_major(B)
     source = out if weight is None else weight
-    row = launch.row("merge", out)
+    row = launch.row("merge", out, update.halves)
     launch.run(
         merge_kernel,
         launch.tiles(m, n, row),
@@ -101,6 +103,7 @@ def merge(update: Update, weight: Tensor | None, out: Tensor) -> None:
             theta,
             tau,
             maxima,
+            launch.halves(update),
             source,
             out,
             A.stride(1),

@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 
 from snell.kernels.fingerprint import hash_columns, hash_theta
+from snell.kernels.halves import width
 from snell.kernels.kappa import kernel_value, pair_statistics
 from snell.kernels.shares import is_last
 
@@ -46,8 +47,18 @@ def layer_of_program(factors_ptr, theta_ptr, state_ptr, m, n, NUM_THETA: tl.cons
 
 
 @triton.jit
+def halves_of_program(halves, m, n, RANK: tl.constexpr, GROUPS: tl.constexpr):
+    """The halves of this program's layer: B's and A's parts and their scale."""
+    parts_ptr, scale_ptr = halves
+    layer = tl.program_id(1).to(tl.int64)
+    parts_ptr += layer * (m + n) * width(RANK, GROUPS)
+    return parts_ptr + n.to(tl.int64) * width(RANK, GROUPS), parts_ptr, scale_ptr + 2 * layer
+
+
+@triton.jit
 def keys(
     factors_ptr,
+    halves,
     theta_ptr,
     max_ptr,
     stride,
@@ -58,7 +69,7 @@ def keys(
     STATISTIC: tl.constexpr,
     KERNEL: tl.constexpr,
 ):
-    factors = factors_ptr + n, factors_ptr, stride, stride
+    factors = factors_ptr + n, factors_ptr, stride, stride, halves
     statistics = pair_statistics(factors, tile, RANK, GROUPS, STATISTIC)
     K = kernel_value(statistics, theta_ptr, max_ptr, tile, GROUPS, KERNEL)
     return K.to(tl.int32, bitcast=True) & LARGEST
@@ -155,7 +166,7 @@ def bracket_kernel(
         cols = draw_col.to(tl.uint32, bitcast=True).to(tl.int64) % n
         mask = i < samples
         tile = rows, cols, mask, mask
-        drawn = keys(factors_ptr, theta_ptr, max_ptr, stride, n, tile, RANK, GROUPS, STATISTIC, KERNEL)
+        drawn = keys(factors_ptr, None, theta_ptr, max_ptr, stride, n, tile, RANK, GROUPS, STATISTIC, KERNEL)
         tl.store(sample_ptr + i, drawn, mask)
     if is_last(state_ptr + ARRIVED, tl.num_programs(0)):
         known = tl.full([], 0, tl.int1)

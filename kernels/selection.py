@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from snell import waves
-from snell.kernels import count, launch, select
+from snell.kernels import count, launch, select, split
 from snell.spec import Spec
 from snell.update import Parameters
 
@@ -148,7 +148,7 @@ def _select(layers: Sequence[Parameters], plan: _Plan, smooth_max: Tensor | None
     memo = _memo(device) if number == 1 else None
     salt, slot = 0, A
     if memo is not None:
-        make = (*plan, spec.rank, spec.kernel, spec.groups)
+        make = (*plan, spec.rank, spec.kernel, spec.groups, split.enabled())
         salt = hash((*make, memo.generation))
         slot = memo.slot((A.data_ptr(), B.data_ptr(), theta.data_ptr(), *make))
     factors = torch.cat([t.t() for A, B, _, _ in layers for t in (A, B)], dim=1)
@@ -157,6 +157,10 @@ def _select(layers: Sequence[Parameters], plan: _Plan, smooth_max: Tensor | None
     state = torch.zeros(number, select.HEAD.value + BINS, dtype=torch.int64, device=device)
     samples = torch.empty(number, SAMPLES, dtype=torch.int32, device=device)
     bucket = torch.empty(number * BINS * plan.bucket, dtype=torch.int32, device=device)
+    halves = None
+    if split.enabled():
+        parts = [split.split(A, B, spec) for A, B, _, spec in layers]
+        halves = torch.cat([t for of_A, of_B, _ in parts for t in (of_A, of_B)]), torch.cat([one[2] for one in parts])
     stride = factors.stride(0)
     setting = launch.meta(spec) | {"HAS_MEMO": memo is not None, "NUM_THETA": num_theta, "BINS": BINS}
     hashing = triton.cdiv(plan.m + plan.n, BLOCK) * triton.cdiv(spec.rank, COLUMNS)
@@ -185,14 +189,14 @@ def _select(layers: Sequence[Parameters], plan: _Plan, smooth_max: Tensor | None
         num_warps=BLOCK // 32,
         **setting,
     )
-    row = launch.row("select", taus)
+    row = launch.row("select", taus, halves)
     programs = min(launch.tiles(plan.m, plan.n, row), PROGRAMS * waves.num_processors(device))
     sizes = stride, plan.m, plan.n, plan.k, plan.bucket, salt
     for count_pass in range(PASSES):
         launch.run(
             count.count_kernel,
             (programs, number),
-            (factors, theta, smooth_max, state, slot, bucket, taus, *sizes, int(count_pass == PASSES - 1)),
+            (factors, halves, theta, smooth_max, state, slot, bucket, taus, *sizes, int(count_pass == PASSES - 1)),
             row,
             BUCKET=BUCKET,
             BLOCK_M=row.block_m,

@@ -28,6 +28,7 @@ def softmax_grad_kernel(
     theta_ptr,
     tau_ptr,
     max_ptr,
+    halves,
     G_ptr,
     share_max_ptr,
     share_theta_ptr,
@@ -56,7 +57,8 @@ def softmax_grad_kernel(
     for i in tl.range(first, tl.minimum(first + height, tl.cdiv(m, BLOCK_M)), num_stages=1):
         rows = (i * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
         tile = rows, cols, rows < m, cols < n
-        statistics = pair_statistics((b_ptr, a_ptr, b_stride, a_stride), tile, RANK, GROUPS, STATISTIC)
+        factors = b_ptr, a_ptr, b_stride, a_stride, halves
+        statistics = pair_statistics(factors, tile, RANK, GROUPS, STATISTIC)
         K, by_inner, exponent, unit = softmax_terms(
             inner_value(statistics, theta_ptr, KERNEL), theta_ptr, max_ptr, tile, GROUPS
         )
@@ -80,10 +82,10 @@ def softmax_grad_kernel(
 
 def softmax_grad(G: Tensor, update: Update, grads: Gradients) -> None:
     """Add to the gradients of the smooth maxima, alpha, beta and gamma."""
-    A, B, theta, tau, spec, _, maxima, _ = update
+    A, B, theta, tau, spec, _, maxima, *_ = update
     (m, n), A, B = G.shape, launch.k_major(A), launch.k_major(B)
     assert grads.smooth_max is not None
-    row = launch.row("merge", G)
+    row = launch.row("softmax_grad", G, update.halves)
     across, tiles = -(-n // row.block_n), -(-m // row.block_m)
     strips = min(tiles, max(1, PROGRAMS * num_processors(G.device) // across))
     height = -(-tiles // strips)
@@ -94,7 +96,7 @@ def softmax_grad(G: Tensor, update: Update, grads: Gradients) -> None:
     launch.run(
         softmax_grad_kernel,
         (across, strips),
-        (A, B, theta, tau, maxima, G, shares, of_theta, *strides, m, n, height),
+        (A, B, theta, tau, maxima, launch.halves(update), G, shares, of_theta, *strides, m, n, height),
         row,
         GATE=spec.gate,
         BLOCK_M=row.block_m,

@@ -40,6 +40,7 @@ _ROWS = {
     "select": _SELECT,
     "factor_grad": _FACTOR_GRAD,
     "factor_grad_many": _FACTOR_GRAD_MANY,
+    "softmax_grad": _MERGE,
     "few_tokens": _FEW_TOKENS,
     "edit": _EDIT,
     "edit_grad": _EDIT_GRAD,
@@ -53,4 +54,18 @@ TABLE: dict[int, dict[str, Row]] = {
     80: {**_ROWS, "factor_grad": Row(32, 64, 8)},
     90: dict(_ROWS),
     100: {**_ROWS, "factor_grad": Row(32, 64, 8), "few_tokens": Row(64, 32, 4)},
+}
+
+#: Where K is computed on tensor cores, on every architecture. 32 rows get ``mma.sync``, not an instruction of warp
+#: groups or of tensor memory. Two warps, one above the other: with more, side by side, each would compute all columns
+#: of K again for the second product of factor_grad and few_tokens. Select has no second product, and sorts its buckets
+#: in the registers of four warps. 32 entries a thread; factor_grad and softmax_grad spill with more than 16, and
+#: few_tokens if it subtracts a start.
+HALVES: dict[str, Row] = {
+    "merge": Row(32, 64, 2),
+    "select": Row(32, 128, 4),
+    "few_tokens": Row(32, 32, 2),
+    "factor_grad": Row(32, 32, 2),
+    "factor_grad_many": Row(32, 32, 2),
+    "softmax_grad": Row(32, 32, 2),
 }

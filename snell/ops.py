@@ -240,7 +240,7 @@ def _autograd(x: Tensor, weight: Tensor | None, bias: Tensor | None, update: Upd
         or (weight is not None and weight.requires_grad)
         or (bias is not None and bias.requires_grad)
     ):
-        return _Linear.apply(x, weight, bias, *update)
+        return _Linear.apply(x, weight, bias, *update[:-1])  # halves are made where blocks are
     return _forward(x, weight, bias, update)
 
 

@@ -29,6 +29,7 @@ class Update(NamedTuple):
         start: a constant update of the same shape and spec, subtracted from this one. It has no start of its own.
         smooth_max: ``[n]``, the smooth maximum of each column of the whole K, if the kernel function has a softmax.
         of_rows: whether ``smooth_max [m]`` belongs to the rows, as in a transposed update.
+        halves: what the backend computes K from in place of A and B, if anything: a row for each of theirs, and more.
     """
 
     A: Tensor
@@ -39,6 +40,7 @@ class Update(NamedTuple):
     start: Update | None = None
     smooth_max: Tensor | None = None
     of_rows: bool = False
+    halves: tuple[Tensor, Tensor, Tensor] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -48,12 +50,16 @@ class Update(NamedTuple):
     def rows(self, rows: slice) -> Update:
         """The update of these rows of dW."""
         start = None if self.start is None else self.start.rows(rows)
-        return self._replace(B=self.B[rows], start=start, smooth_max=self._cut(rows, self.of_rows))
+        halves = None if self.halves is None else (self.halves[0], self.halves[1][rows], self.halves[2])
+        return self._replace(B=self.B[rows], start=start, smooth_max=self._cut(rows, self.of_rows), halves=halves)
 
     def columns(self, columns: slice | Tensor) -> Update:
         """The update of these columns of dW: a slice of them, or their indices."""
         start = None if self.start is None else self.start.columns(columns)
-        return self._replace(A=self.A[columns], start=start, smooth_max=self._cut(columns, not self.of_rows))
+        halves = None if self.halves is None else (self.halves[0][columns], *self.halves[1:])
+        return self._replace(
+            A=self.A[columns], start=start, smooth_max=self._cut(columns, not self.of_rows), halves=halves
+        )
 
     def _cut(self, lines: slice | Tensor, cuts: bool) -> Tensor | None:
         return self.smooth_max[lines] if cuts and self.smooth_max is not None else self.smooth_max
@@ -68,7 +74,7 @@ class Update(NamedTuple):
     def transposed(self) -> Update:
         """The update of dW^T. Every pair statistic is symmetric, so its entries have the same bits."""
         start = None if self.start is None else self.start.transposed()
-        return self._replace(A=self.B, B=self.A, start=start, of_rows=not self.of_rows)
+        return self._replace(A=self.B, B=self.A, start=start, of_rows=not self.of_rows, halves=None)
 
 
 class Gradients(NamedTuple):

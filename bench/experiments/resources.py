@@ -10,7 +10,8 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,8 +28,8 @@ from snell import waves
 from snell.bench import core, slots
 from snell.bench.core import Update
 from snell.bench.report import Cell, Columns, Document, table
-from snell.kernels import launch, rectangles
-from snell.kernels.table import TABLE, Row
+from snell.kernels import launch, rectangles, split
+from snell.kernels.table import HALVES, TABLE, Row
 from snell.spec import Spec
 
 CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
@@ -36,6 +37,9 @@ CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
 
 #: What the report shows of all that is compiled: the default kernel function on the usual weight.
 SHOWN = "piecewise_linear 32 2"
+
+#: How K is computed, and the settings that stand for it.
+FAMILIES = {"direct": SHOWN, "tensor cores": f"{SHOWN} tensor cores"}
 
 #: The kernels with a tile of K, and the bytes of matrices that an entry moves with a weight in bfloat16.
 TILED = {"count_kernel": 0, "merge_kernel": 4, "factor_grad_kernel": 6, "few_tokens_kernel": 2}
@@ -94,15 +98,21 @@ def launches(call: Callable[[], object], arch: int, seen: set[str]) -> Iterator[
         if compiled.hash not in seen:
             seen.add(compiled.hash)
             settings = " ".join(str(meta[k]) for k in ("KERNEL", "RANK", "GROUPS") if k in meta)
-            settings += " start" if any(isinstance(arg, tuple) for arg in args) else ""
+            named = dict(zip(kernel.arg_names, args, strict=False))
+            settings += " tensor cores" if named.get("halves") else ""
+            settings += " start" if named.get("start") else ""
             dtypes = {str(t.dtype).removeprefix("torch.") for t in args if isinstance(t, torch.Tensor)}
             facts = {"kernel": kernel.__name__, "arch": arch, "settings": settings, "dtypes": " ".join(sorted(dtypes))}
             # Disassembling takes longest: of what the report shows alone.
-            tile = meta["BLOCK_M"] * meta["BLOCK_N"] if kernel.__name__ in TILED and settings == SHOWN else 0
+            counted = kernel.__name__ in TILED and settings in FAMILIES.values()
+            tile = meta["BLOCK_M"] * meta["BLOCK_N"] if counted else 0
             found.append(facts | resources(compiled, arch, tile))
 
+    def row(operation: str, like: torch.Tensor, halves: tuple | None = None) -> Row:
+        return (HALVES if halves else TABLE[arch])[operation]
+
     driver.set_active(_Target(arch))
-    here = mock.patch.multiple(launch, run=run, row=lambda name, _: TABLE[arch][name])
+    here = mock.patch.multiple(launch, run=run, row=row)
     with here, mock.patch.object(waves, "num_processors", return_value=PROCESSORS[arch]):
         call()
     yield from found
@@ -125,20 +135,26 @@ def kernels(arch: int) -> Iterator[dict[str, Any]]:
         settings += [("piecewise_linear", 8, 2, torch.bfloat16), ("piecewise_linear", 256, 2, torch.float32)]
         settings += [("piecewise_linear", 64, 4, torch.float32), ("linear", 256, 1, torch.float32)]
     seen: set[str] = set()
-    for kernel, rank, groups, dtype in settings:
-        calls = core.kernel_calls(update_of(kernel, rank, groups), dtype)
-        for operation in ("merge", "factor_grad", "few_tokens", "edit", "edit_grad", "select", "verify"):
-            # select and verify know no weight.
-            if operation not in ("select", "verify") or (rank, dtype) != (32, torch.float32):
-                yield from launches(calls[operation], arch, seen)
-        if rank == 32:
-            update = update_of(kernel, rank, groups)
-            started = core.kernel_calls(update._replace(start=update), dtype)
-            for operation in ("merge", "few_tokens"):
-                yield from launches(started[operation], arch, seen)
-        # Shares that a kernel of their own adds, as for blocks larger than this.
-        with mock.patch.object(rectangles, "adds", return_value=False):
-            yield from launches(calls["factor_grad"], arch, seen)
+    for (kernel, rank, groups, dtype), on in product(settings, (False, True)):
+        if on and (rank != 32 or dtype == torch.float32):
+            continue  # these spill: K on tensor cores is for weights in half precision
+
+        def call(operation: str, started: bool = False) -> Callable[[], object]:
+            update = update_of(kernel, rank, groups)  # noqa: B023 (called in this turn)
+            update = update._replace(start=update) if started else update
+            return lambda: core.kernel_calls(update, dtype)[operation]()  # noqa: B023
+
+        with split.use(on):
+            for operation in ("merge", "factor_grad", "few_tokens", "edit", "edit_grad", "select", "verify"):
+                # select and verify know no weight.
+                if operation not in ("select", "verify") or (rank, dtype) != (32, torch.float32):
+                    yield from launches(call(operation), arch, seen)
+            if rank == 32:
+                for operation in ("merge", "few_tokens"):
+                    yield from launches(call(operation, started=True), arch, seen)
+            # Shares that a kernel of their own adds, as for blocks larger than this.
+            with mock.patch.object(rectangles, "adds", return_value=False):
+                yield from launches(call("factor_grad"), arch, seen)
 
 
 def measure(arch: Sequence[str]) -> dict[str, Any]:
@@ -171,57 +187,58 @@ def _clocks(row: dict[str, Any]) -> float:
     return slots.clocks(row["slots"], TILED[row["kernel"]])
 
 
-def _costs(costly: Sequence[dict[str, Any]]) -> str:
-    """Slots an entry of each kernel with a tile of K."""
+def _costs(costly: Mapping[tuple[str, str], dict[str, Any]]) -> str:
+    """Slots an entry of each kernel with a tile of K, by family."""
 
     def of(pipe: str) -> Cell:
-        return lambda row: f"{row['slots'].get(pipe, 0):.1f}"
+        return lambda key: f"{costly[key]['slots'].get(pipe, 0):.1f}"
 
     columns: Columns = [
-        ("kernel", "`{kernel}`"),
-        ("slots", lambda row: f"{slots.total(row['slots']):.1f}"),
+        ("K", lambda key: key[0]),
+        ("kernel", lambda key: f"`{key[1]}`"),
+        ("slots", lambda key: f"{slots.total(costly[key]['slots']):.1f}"),
         *((pipe, of(pipe)) for pipe in ("FP32", "integer", "multiply", "loads", "MUFU", "tensor", "other")),
-        ("blocks resident", "{resident}"),
-        ("predicted clocks", lambda row: f"{_clocks(row):.2f}"),
+        ("registers, blocks resident", lambda key: "{registers}, {resident}".format(**costly[key])),
+        ("predicted clocks", lambda key: f"{_clocks(costly[key]):.2f}"),
     ]
     return table(columns, costly)
 
 
-def _predictions(costly: Sequence[dict[str, Any]]) -> str:
-    """Predicted microseconds of a training step's kernels beside the floor."""
-    clocks = {row["kernel"]: _clocks(row) for row in costly}
+def _predictions(costly: Mapping[tuple[str, str], dict[str, Any]]) -> str:
+    """Predicted microseconds of a training step's kernels beside the floor, by family."""
 
-    def time(kernel: str) -> Cell:
-        return lambda case: f"{slots.microseconds(case[0] * case[1], clocks[kernel]):.0f} us"
+    def time(case: tuple[str, int, int, int], *kernels: str) -> float:
+        family, n, m, _ = case
+        return sum(slots.microseconds(n * m, _clocks(costly[family, kernel])) for kernel in kernels)
 
-    def over(case: tuple[int, int, int]) -> str:
-        entries = case[0] * case[1]
-        share = slots.microseconds(entries, sum(clocks[kernel] for kernel in STEP)) / slots.floor(entries, case[2])
-        return f"+{share:.1%}"
+    def floor(case: tuple[str, int, int, int]) -> float:
+        return slots.floor(case[1] * case[2], case[3])
 
     columns: Columns = [
-        ("in x out, tokens", lambda case: "{} x {}, {}".format(*case)),
-        ("floor", lambda case: f"{slots.floor(case[0] * case[1], case[2]):.0f} us"),
-        *((f"`{kernel}`", time(kernel)) for kernel in STEP),
-        ("predicted over the floor", over),
+        ("K", lambda case: case[0]),
+        ("in x out, tokens", lambda case: "{} x {}, {}".format(*case[1:])),
+        ("floor", lambda case: f"{floor(case):.0f} us"),
+        *((f"`{kernel}`", lambda case, kernel=kernel: f"{time(case, kernel):.0f} us") for kernel in STEP),
+        ("predicted over the floor", lambda case: f"+{time(case, *STEP) / floor(case):.1%}"),
     ]
-    return table(columns, [(*shape, tokens) for tokens in TOKENS for shape in SHAPES])
+    return table(columns, [(family, *shape, tokens) for family in FAMILIES for tokens in TOKENS for shape in SHAPES])
 
 
 def report(document: Document) -> str:
     """The results file as Markdown."""
-    costly: dict[str, dict[str, Any]] = {}
-    for row in document["kernels"]:
-        if (row["arch"], row["settings"]) == (90, SHOWN) and row["kernel"] in TILED:
-            costly.setdefault(row["kernel"], row)
+    costly: dict[tuple[str, str], dict[str, Any]] = {}
+    for family, settings in FAMILIES.items():
+        for row in document["kernels"]:
+            if (row["arch"], row["settings"]) == (90, settings) and row["slots"]:
+                costly.setdefault((family, row["kernel"]), row)
     spilled = sum(row["stack"] + row["local"] for row in document["kernels"])
     parts = [_maxima(document)]
-    if set(STEP) <= costly.keys():
+    if costly:
         parts += [
             "Slots an entry on sm_90 with a bfloat16 weight (thread-instructions of the main loop, by pipe):",
-            _costs(list(costly.values())),
+            _costs(costly),
             "What they predict for an H100, which nothing has measured:",
-            _predictions(list(costly.values())),
+            _predictions(costly),
         ]
     parts.append(
         f"{len(document['kernels'])} kernels compiled by Triton {document['triton']}; stack and local memory of all "

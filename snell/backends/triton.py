@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from snell.backends.base import Backend
-from snell.kernels import factor_grad, few_tokens, launch, merge, red, selection
+from snell.kernels import factor_grad, few_tokens, launch, merge, red, selection, split
 from snell.kernels.fingerprint import verify
 from snell.spec import Spec
 from snell.update import Activations, Gradients, Parameters, Update
@@ -26,10 +26,13 @@ class TritonBackend(Backend):
 
     def prepare(self, update: Update) -> Update:
         start = None if update.start is None else self.prepare(update.start)
-        return update._replace(A=launch.k_major(update.A), B=launch.k_major(update.B), start=start)
+        A, B, halves = launch.k_major(update.A), launch.k_major(update.B), update.halves
+        if split.enabled() and halves is None:
+            halves = split.split(A, B, update.spec)
+        return update._replace(A=A, B=B, start=start, halves=halves)
 
     def merge(self, update: Update, weight: Tensor | None, out: Tensor) -> None:
-        merge.merge(update, weight, out)
+        merge.merge(self.prepare(update), weight, out)
 
     def factor_grad(
         self,
@@ -41,6 +44,7 @@ class TritonBackend(Backend):
     ) -> None:
         if isinstance(G, Activations):
             G = G.product()
+        update = self.prepare(update)
         if merged is None or update.start is None:
             factor_grad.factor_grad(G, update, grads, weight, merged)
         else:  # beside the two products, the start's factors would spill
@@ -65,7 +69,7 @@ class TritonBackend(Backend):
     def few_tokens(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, update: Update) -> Tensor | None:
         if x.shape[0] > few_tokens.TOKENS or x.dtype == torch.float64:
             return None
-        return few_tokens.linear_few(x, weight, bias, update)
+        return few_tokens.linear_few(x, weight, bias, self.prepare(update))
 
     def edit(self, u: Tensor, scaling: Tensor, bias: Tensor) -> Tensor:
         return red.edit(u, scaling, bias)

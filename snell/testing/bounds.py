@@ -133,7 +133,7 @@ class Expected:
 
     def K(self) -> Tensor:
         """K in float64."""
-        A, B, theta, _, spec, _, maxima, _ = self.exact
+        A, B, theta, _, spec, _, maxima, *_ = self.exact
         return reference.kernel_matrix(A, B, theta, kernel=spec.kernel, groups=spec.groups, smooth_max=maxima)
 
     def K_error(self) -> Tensor:
@@ -152,7 +152,7 @@ class Expected:
 
     @cached_property
     def _scalar(self) -> _Scalar:
-        _, _, theta, _, spec, _, maxima, _ = self.exact
+        _, _, theta, _, spec, _, maxima, *_ = self.exact
         return _ROWS[spec.kernel](self._statistics, theta, self.eps, *([] if maxima is None else [maxima]))
 
     def gates(self) -> tuple[Tensor, Tensor]:
@@ -186,7 +186,7 @@ class Expected:
     def gradients(self, G: Tensor, G_error: Tensor | float = 0.0) -> dict[str, tuple[Tensor, Tensor]]:
         """Gradients of A, B, theta and smooth maxima for a G that is ``G_error`` off, in float64, and their bounds."""
         G_error = G_error + self.tf32_error(G.dtype) * G.double().abs()
-        *factors, tau, spec, _, maxima, _ = self.exact
+        *factors, tau, spec, _, maxima = self.exact[:7]
         A, B, theta = leaves = [t.clone().requires_grad_() for t in factors]
         if maxima is not None:
             leaves.append(maxima := maxima.clone().requires_grad_())

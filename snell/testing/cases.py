@@ -181,7 +181,7 @@ def _start(case: Case) -> float:
 
 def _smooth_max(case: Case) -> float | None:
     """The smooth maxima of columns and their gradients."""
-    A, B, theta, _, spec, _, maxima, _ = case.update
+    A, B, theta, _, spec, _, maxima, *_ = case.update
     if maxima is None:
         return None
     grad = case.G[0].to(A.dtype)

@@ -31,6 +31,8 @@ KERNELS = {
     "count_kernel",
     "verify_kernel",
     "softmax_grad_kernel",
+    "centre_kernel",
+    "split_kernel",
 }
 
 

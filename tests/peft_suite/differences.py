@@ -18,9 +18,7 @@ LORA_ONLY: dict[str, str] = {
     "init_lora_weights": "draws of LoRA's factors from W0 or from data, which say nothing of a nonlinear update",
     "lora_bias": "a bias of LoRA's B; bias='snell_only' trains the base's",
     "target_parameters": "not built: parameters that are not a layer's weight",
-    "trainable_token_indices": "not built: single rows of an embedding",
     "ensure_weight_tying": "not built: it concerns tied embeddings",
-    "layer_replication": "not built",
 }
 
 #: Why a test that passes with LoRA may fail with SNELL, by regular expression of "its name: what was raised".

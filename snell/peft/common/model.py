@@ -67,6 +67,12 @@ class TunerModel(BaseTuner):
             layer.requires_grad_(False)
         tuner._replace_module(parent, target_name, layer, target)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, AuxiliaryTrainingWrapper):  # has no parameter named weight for the module it held
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
     @classmethod
     def _layer_cls(cls, target: nn.Module) -> type[TunerLayer]:
         inner = innermost(target)

@@ -48,6 +48,10 @@ class SnellConfig(TargetsConfig):
             ``"all-linear"``: every linear layer but the output head. None: PEFT's choice for LoRA on this model.
         exclude_modules: Names, as above, that are left out of the targets.
         modules_to_save: Modules trained whole and saved with the adapter, such as a new classification head.
+        trainable_token_indices: Tokens whose rows of the input embedding are trained whole, as a list; or a dict of
+            such lists by the name of an embedding. Not with that embedding among modules_to_save.
+        layer_replication: Ranges [start, end) of the model's blocks that it is made of anew, in PEFT's form: weights
+            are shared, adapters are not. Such a model cannot be merged.
         layers_to_transform: Indices of the blocks to adapt, where not all.
         layers_pattern: Name of the list those indices count in, where it is not the usual one.
         rank_pattern: Rank of the modules whose name matches a regular expression, in place of ``r``.
@@ -96,6 +100,12 @@ class SnellConfig(TargetsConfig):
     init_weights: bool | str = field(
         default=True,
         metadata={"help": "True: as published; 'identity': starts as the base; False: a visible update, for tests."},
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Tokens whose rows of the embedding are trained; a dict by its name."}
+    )
+    layer_replication: list[tuple[int, int]] | None = field(
+        default=None, metadata={"help": "Ranges [start, end) of blocks that the model is made of anew."}
     )
     init_seed: int = field(default=0, metadata={"help": "Seed of the factors of an identity start."})
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, replicate_layers
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
@@ -39,6 +39,15 @@ class SnellModel(TunerModel):
         super()._check_new_adapter_config(config)
         if config.bias != "none" and not hasattr(BaseTuner, "_get_learnable_bias_state_dict"):
             raise ValueError(f"bias={config.bias!r} needs peft 0.21 or newer: older ones do not save biases with SNELL")
+
+    def _prepare_model(self, config: SnellConfig, model: nn.Module) -> None:  # type: ignore[override]
+        if config.layer_replication:
+            replicate_layers(model, config.layer_replication)
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        if any(getattr(config, "layer_replication", None) for config in self.peft_config.values()):
+            raise ValueError("cannot merge with layer_replication: blocks with adapters of their own share a weight")
 
     @staticmethod
     def _settings(config: SnellConfig, key: str) -> tuple[Spec, SnellConfig]:
