@@ -150,9 +150,16 @@ def merge(
     return ops.merge(weight, _given(A.contiguous(), B.contiguous(), theta.contiguous(), tau, spec))
 
 
-def dense(update: Update, rows: slice | None = None, weight: Tensor | None = None) -> Tensor:
-    """The given rows of dW, or of weight + dW if the same rows of a weight are given. Differentiable like merge."""
-    return ops.merge(weight, update if rows is None else update.rows(rows))
+def dense(update: Update, rows: slice | None = None, weight: Tensor | None = None, scale: float = 1.0) -> Tensor:
+    """The given rows of scale * dW, added to the same rows of a weight if they are given. Differentiable like merge."""
+    update = update if rows is None else update.rows(rows)
+    if scale == 1:
+        return ops.merge(weight, update)
+    delta = ops.merge(None, update) * scale
+    if weight is None:
+        return delta
+    # Where nothing is added the weight keeps its bits: -0 + 0 is 0.
+    return torch.where(delta == 0, weight, (weight + delta).to(weight.dtype))
 
 
 def snell_linear(

@@ -31,24 +31,25 @@ class Merged(NamedTuple):
 
     update: Update
     replaced: list[Tensor]
+    scale: float = 1.0
 
     @classmethod
-    def of(cls, update: Update) -> Merged:
+    def of(cls, update: Update, scale: float = 1.0) -> Merged:
         """The record of an update that is not in a weight yet. It has copies, which training does not change."""
         A, B, theta, tau = (t.detach().clone() for t in update[:4])
         maxima = None if update.smooth_max is None else update.smooth_max.detach().clone()
-        return cls(update._replace(A=A, B=B, theta=theta, tau=tau, smooth_max=maxima), [])
+        return cls(update._replace(A=A, B=B, theta=theta, tau=tau, smooth_max=maxima), [], scale)
 
     @torch.no_grad()
     def put_in(self, weight: Tensor) -> None:
-        """Add dW to ``weight [m, n]`` in place. The record then holds the entries that dW replaced.
+        """Add scale * dW to ``weight [m, n]`` in place. The record then holds the entries that dW replaced.
 
         The weight may have more axes than two; those after the first are dW's columns.
         """
         for rows in row_blocks(self.update):
             base = weight[rows]
             self.replaced.append(base[dense(self.update, rows).view(base.shape) != 0])
-            base.copy_(dense(self.update, rows, base.flatten(1)).view(base.shape))
+            base.copy_(dense(self.update, rows, base.flatten(1), self.scale).view(base.shape))
 
     @torch.no_grad()
     def take_out(self, weight: Tensor) -> None:

@@ -22,8 +22,10 @@ from snell.peft.red.model import RedModel
 from snell.peft.snell.config import SnellConfig
 from snell.peft.snell.conversion import LoraError, lora_error
 from snell.peft.snell.export import export_sparse
+from snell.peft.snell.hotswap import hotswap_adapter, hotswap_adapter_from_state_dict
 from snell.peft.snell.layer import AdaptedLinear
 from snell.peft.snell.model import SnellModel
+from snell.peft.snell.scaling import rescale_adapter_scale
 from snell.peft.xpeft.config import XpeftConfig
 from snell.peft.xpeft.layer import MaskedLinear, use_profiles
 from snell.peft.xpeft.model import XpeftModel
@@ -42,8 +44,11 @@ __all__ = [
     "XpeftConfig",
     "XpeftModel",
     "export_sparse",
+    "hotswap_adapter",
+    "hotswap_adapter_from_state_dict",
     "last_checkpoint",
     "lora_error",
+    "rescale_adapter_scale",
     "save_adapter",
     "use_profiles",
 ]

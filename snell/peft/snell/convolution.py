@@ -32,7 +32,8 @@ class AdaptedConvolution(AdaptedLinear):
         if weight is None or args or kwargs or any(map(self._drops, active)):
             return super()._adapted(x, active, *args, **kwargs)
         for name in active:
-            weight = functional.dense(self._update(name), None, weight.flatten(1)).view(weight.shape)
+            adapted = functional.dense(self._update(name), None, weight.flatten(1), self.scaling[name])
+            weight = adapted.view(weight.shape)
         return self._convolve(x, weight, base.bias(self.base_layer))
 
     def share(self, x: Tensor, name: str) -> Tensor:

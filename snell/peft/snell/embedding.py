@@ -15,7 +15,6 @@ from snell.peft.common import base
 from snell.peft.snell.config import SnellConfig
 from snell.peft.snell.layer import AdaptedLinear
 from snell.spec import Spec
-from snell.update import Update
 
 __all__ = ["AdaptedEmbedding"]
 
@@ -73,7 +72,7 @@ class AdaptedEmbedding(AdaptedLinear):
             chosen = update.columns(ids)
             if inner.sparse:
                 chosen = chosen._replace(A=F.embedding(ids, update.A, sparse=True))
-            rows = functional.dense(chosen, None, rows)
+            rows = functional.dense(chosen, None, rows, self.scaling[name])
         assert rows is not None
         if inner.padding_idx is not None:
             rows = torch.where(ids == inner.padding_idx, rows.new_zeros(()) if unchanged is None else unchanged, rows)
@@ -93,19 +92,19 @@ class AdaptedEmbedding(AdaptedLinear):
 
     def _change(self, name: str, weight: Tensor, safe_merge: bool) -> Any:
         change, padding = super()._change(name, weight, safe_merge), self._padding()
-        return change if padding is None else _AllBut(padding, change.update, [])
+        return change if padding is None else _AllBut(padding, change, [])
 
 
 class _AllBut(NamedTuple):
     """Merges the columns of an update on both sides of the one that is left out."""
 
     column: int
-    update: Update
+    whole: Merged
     sides: list[tuple[slice, Merged]]
 
     def put_in(self, weight: Tensor) -> None:
         for columns in self._around():
-            self.sides.append((columns, Merged(self.update.columns(columns), [])))
+            self.sides.append((columns, self.whole._replace(update=self.whole.update.columns(columns), replaced=[])))
             self.sides[-1][1].put_in(weight[:, columns])
 
     def take_out(self, weight: Tensor) -> None:
@@ -113,5 +112,5 @@ class _AllBut(NamedTuple):
             side.take_out(weight[:, columns])
 
     def _around(self) -> Iterator[slice]:
-        around = slice(0, self.column), slice(self.column + 1, self.update.shape[1])
+        around = slice(0, self.column), slice(self.column + 1, self.whole.update.shape[1])
         return (columns for columns in around if columns.start < columns.stop)

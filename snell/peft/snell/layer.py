@@ -17,6 +17,7 @@ from snell.peft.common import base
 from snell.peft.common.factor import Factor
 from snell.peft.common.layer import TunerLayer
 from snell.peft.snell.config import SnellConfig
+from snell.peft.snell.scaling import Scaled
 from snell.precision import HALVES, factor_dtype, full
 from snell.spec import Spec
 from snell.update import Parameters, Update
@@ -24,8 +25,8 @@ from snell.update import Parameters, Update
 __all__ = ["AdaptedLinear"]
 
 
-class AdaptedLinear(TunerLayer):
-    """``y = base(x) + sum over active adapters of x dW^T``; one GEMM where one adapter meets a float weight.
+class AdaptedLinear(Scaled, TunerLayer):
+    """``y = base(x) + sum over active adapters of scaling x dW^T``; one GEMM where one adapter meets a float weight.
 
     By PEFT's convention "Linear" in the name of its class makes an adapted layer a target of "all-linear".
 
@@ -52,7 +53,7 @@ class AdaptedLinear(TunerLayer):
     tuner = "SNELL"
     adapter_layer_names: tuple[str, ...] = ("snell_A", "snell_B", "snell_theta")
     other_param_names: tuple[str, ...] = ("snell_dropout", "snell_spec", "snell_scale", "snell_constants")
-    other_param_names += ("snell_start", "_own_sparsity")
+    other_param_names += ("snell_start", "_own_sparsity", "scaling")
 
     def __init__(
         self,
@@ -75,6 +76,7 @@ class AdaptedLinear(TunerLayer):
         self.snell_scale: dict[str, float] = {}
         self.snell_constants: dict[str, Tensor] = {}
         self.snell_start: dict[str, Start | None] = {}
+        self.scaling = {}
         # PEFT saves what stands below a child's name: this one has no parameters, but sparsities are saved under it.
         self.snell_sparsity = nn.ModuleDict()
         self._own_sparsity: dict[str, float] = {}
@@ -101,12 +103,13 @@ class AdaptedLinear(TunerLayer):
         else:
             self.snell_constants[adapter_name] = theta
         self.snell_spec[adapter_name], self.snell_scale[adapter_name] = spec, config.scale
+        self.scaling[adapter_name] = 1.0
         self._own_sparsity.pop(adapter_name, None)
         self.snell_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _adapted(self, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        if len(active) == 1 and not args and not kwargs and not self._drops(active[0]):
+        if len(active) == 1 and not args and not kwargs and not self._drops(active[0]) and self.scaling[active[0]] == 1:
             weight = base.fusable_weight(self.base_layer, self.fan_in_fan_out)
             if weight is not None:
                 return functional.linear(x, weight, base.bias(self.base_layer), self._update(active[0]))
@@ -128,11 +131,11 @@ class AdaptedLinear(TunerLayer):
         return self.training and isinstance(self.snell_dropout[name], nn.Dropout)
 
     def share(self, x: Tensor, name: str) -> Tensor:
-        """The adapter's share of the output, ``x dW^T``."""
+        """The adapter's share of the output, ``scaling x dW^T``."""
         split = base.split(self.base_layer, self.fan_in_fan_out)
         if split is None:
-            return functional.linear(x, None, None, self._update(name))
-        return split.leave(functional.linear(split.enter(x), None, None, self._update(name)))
+            return self._scaled(functional.linear(x, None, None, self._update(name)), name)
+        return self._scaled(split.leave(functional.linear(split.enter(x), None, None, self._update(name))), name)
 
     def _update(self, name: str) -> Update:
         A, B, theta, spec = self._parameters_of(name)
@@ -150,8 +153,8 @@ class AdaptedLinear(TunerLayer):
         return (self._parameters_of(name) for name in self.adapter_names)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """Dense dW of one adapter, less its start's, laid out as the base weight; float32, or float64 as that."""
-        delta = functional.dense(self._update(adapter))
+        """Dense dW of one adapter, less its start's, scaled, laid out as the base weight, in the factors' dtype."""
+        delta = functional.dense(self._update(adapter), scale=self.scaling[adapter])
         return delta.T if self.fan_in_fan_out else delta
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -159,11 +162,11 @@ class AdaptedLinear(TunerLayer):
         return base.split(self.base_layer, self.fan_in_fan_out) is None
 
     def _change(self, name: str, weight: Tensor, safe_merge: bool) -> Merged:
-        update = self._update(name)
-        dense = (functional.dense(update, rows, weight[rows].flatten(1)) for rows in row_blocks(update))
+        update, scale = self._update(name), self.scaling[name]
+        dense = (functional.dense(update, rows, weight[rows].flatten(1), scale) for rows in row_blocks(update))
         if safe_merge and not all(rows.isfinite().all() for rows in dense):
             raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-        return Merged.of(update)
+        return Merged.of(update, scale)
 
     def set_sparsity(self, adapter_name: str, sparsity: float) -> None:
         """Give an adapter of this layer a sparsity of its own from now on. It is saved and loaded with the factors.

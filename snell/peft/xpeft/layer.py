@@ -60,7 +60,7 @@ class MaskedLinear(AdaptedLinear):
             logits[adapter_name] = Factor(start if config.init_weights else nn.init.normal_(start))
         self.snell_spec[adapter_name], self.snell_scale[adapter_name] = spec, make_up.scale
         self.snell_constants[adapter_name], self.snell_start[adapter_name] = theta, None
-        self.snell_dropout[adapter_name] = nn.Identity()
+        self.snell_dropout[adapter_name], self.scaling[adapter_name] = nn.Identity(), 1.0
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def masks(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
@@ -113,13 +113,14 @@ class MaskedLinear(AdaptedLinear):
             if self._competes(name):
                 return super().share(x, name)
             A, B = (factor[0].to(x.dtype) for factor in self.mixed(name))
-            return x @ A @ B.t()
+            return self._scaled(x @ A @ B.t(), name)
         if len(profiles) != len(x):
             raise ValueError(f"profiles must have an entry for each of the {len(x)} samples; got {len(profiles)}")
         used, place = profiles.unique(return_inverse=True)
         if not self._competes(name):
             A, B = (factor[place].to(x.dtype) for factor in self.mixed(name, used))
-            return (x.flatten(1, -2) @ A @ B.mT).unflatten(1, x.shape[1:-1]) if x.dim() > 2 else _rows(x, A, B)
+            y = (x.flatten(1, -2) @ A @ B.mT).unflatten(1, x.shape[1:-1]) if x.dim() > 2 else _rows(x, A, B)
+            return self._scaled(y, name)
         y = x.new_empty(*x.shape[:-1], self.out_features)
         for i, profile in enumerate(used):
             samples = (place == i).nonzero().squeeze(1)
