@@ -12,6 +12,9 @@ from small_models import adapted, batch, build, config, logits, train
 from snell.peft import AdaptedLinear, hotswap_adapter, hotswap_adapter_from_state_dict, rescale_adapter_scale
 
 
+EVERY = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
 @pytest.fixture
 def saved(tmp_path):
     """A base, and the folders of two adapters of it, trained differently."""
@@ -91,7 +94,10 @@ def test_sparsities_of_layers_come_and_go_with_their_adapter(saved):
         ({"train_theta": False}, ValueError, "trains_theta must be that"),
         ({"init_weights": "identity"}, ValueError, "init_weights"),
         ({"target_modules": ["q_proj"]}, RuntimeError, r"missing \['base_model"),
-        ({"modules_to_save": ["lm_head"]}, RuntimeError, r"unexpected \['base_model.model.lm_head"),
+        ({"target_modules": [*EVERY, "lm_head"]}, RuntimeError, r"unexpected \['base_model.model.lm_head"),
+        ({"modules_to_save": ["lm_head"]}, ValueError, "modules_to_save must be unset"),
+        ({"trainable_token_indices": [5]}, ValueError, "trainable_token_indices must be unset"),
+        ({"bias": "snell_only"}, ValueError, "bias must be unset"),
     ],
 )
 def test_an_adapter_that_does_not_fit_changes_nothing(tmp_path, settings, error, reason):

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from tqdm import tqdm
 
 from snell.bench.memory import status_kib
@@ -193,6 +194,8 @@ def _difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
 def _live_tensors() -> tuple[int, int]:
     """How many tensors Python holds, and their bytes."""
     gc.collect()
-    # Some objects that pretend to be of another class fail when asked.
+    # Some objects that pretend to be of another class fail when asked. The compiler's fake tensors hold no memory,
+    # and their sizes may be symbols.
     tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
+    tensors = [tensor for tensor in tensors if not isinstance(tensor, FakeTensor)]
     return len(tensors), sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -17,7 +17,7 @@ from snell.peft.snell.model import SnellModel
 __all__ = ["hotswap_adapter", "hotswap_adapter_from_state_dict"]
 
 #: Settings that are part of what the layers compute, or compile to. Ranks show in the factors' shapes.
-_EQUAL = ("sparsity", "sparsity_pattern", "kernel", "groups", "gate", "scale", "trains_theta", "dropout", "bias")
+_EQUAL = ("sparsity", "sparsity_pattern", "kernel", "groups", "gate", "scale", "trains_theta", "dropout")
 
 
 def hotswap_adapter(
@@ -101,6 +101,10 @@ def hotswap_adapter_from_state_dict(
 
 
 def _check_settings(old: SnellConfig, new: SnellConfig) -> None:
+    for config in (old, new):
+        beside = [name for name in ("modules_to_save", "trainable_token_indices") if getattr(config, name)]
+        if beside or config.bias != "none":
+            raise ValueError(f"{(beside or ['bias'])[0]} must be unset: only factors can be swapped; load it by itself")
     for name in _EQUAL:
         if getattr(old, name) != getattr(new, name):
             raise ValueError(
