@@ -72,6 +72,8 @@ def _declare(library: ctypes.CDLL) -> None:
     library.snell_merge.argtypes = [POINTER(_Update), POINTER(_Update), POINTER(_Matrix), POINTER(_Matrix)]
     library.snell_select.argtypes = [POINTER(_Update), c_int64, c_void_p]
     library.snell_density.argtypes = [POINTER(_Update), c_int64, POINTER(c_double)]
+    library.snell_sample.argtypes = [POINTER(_Update), c_int64, c_int64, c_void_p]
+    library.snell_within.argtypes = [POINTER(_Update), c_void_p, c_int64, c_void_p, POINTER(c_int64)]
     matrix = POINTER(_Matrix)
     gradients = [c_void_p] * 3
     updates = [POINTER(_Update)] * 2
@@ -260,6 +262,20 @@ def edit_grad(grad: Tensor, u: Tensor | None, scaling: Tensor, into: tuple[Tenso
     assert _library is not None
     addresses = (None if tensor is None else _address(tensor) for tensor in into)
     _check(_library.snell_edit_grad(byref(_edit(u, grad, scaling, None)), *addresses))
+
+
+def sample(update: Update, first: int, out: Tensor) -> None:
+    """\\|K\\| of entries ``first`` to ``first + len(out)`` of an endless random sample, into ``out``."""
+    assert _library is not None
+    _check(_library.snell_sample(byref(_of_update(update)), first, first + len(out), _address(out)))
+
+
+def within(update: Update, bounds: Tensor, out: Tensor) -> tuple[int, int]:
+    """How many \\|K\\| are below the bounds ``[2]``, and how many within, which ``out`` gets if it has room for all."""
+    assert _library is not None
+    counts = (c_int64 * 2)()
+    _check(_library.snell_within(byref(_of_update(update)), _address(bounds), len(out), _address(out), counts))
+    return counts[0], counts[1]
 
 
 def density(update: Update, samples: int) -> float:

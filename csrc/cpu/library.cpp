@@ -12,6 +12,8 @@
   void merge(const SnellUpdate&, const SnellUpdate*, const SnellMatrix*, const SnellMatrix*);                  \
   void select(const SnellUpdate&, int64_t, void*);                                                             \
   void density(const SnellUpdate&, int64_t, double*);                                                          \
+  void sample(const SnellUpdate&, int64_t, int64_t, void*);                                                    \
+  void within(const SnellUpdate&, const void*, int64_t, void*, int64_t*);                                      \
   void factor_grad(const SnellUpdate&, const SnellUpdate*, const SnellMatrix*, const SnellTokens*,             \
                    const SnellMatrix*, const SnellMatrix*, void*, void*, void*, void*);                        \
   void smooth_max(const SnellUpdate&, void*);                                                                  \
@@ -21,7 +23,8 @@
   }
 #define SNELL_TABLE(isa)                                                                                        \
   {#isa, snell::isa::merge, snell::isa::select, snell::isa::density, snell::isa::factor_grad, snell::isa::edit, \
-   snell::isa::edit_grad, snell::isa::smooth_max, snell::isa::smooth_max_grad}
+   snell::isa::edit_grad, snell::isa::smooth_max, snell::isa::smooth_max_grad, snell::isa::sample,              \
+   snell::isa::within}
 
 SNELL_DECLARE(base)
 #ifdef SNELL_HAVE_V3
@@ -43,6 +46,8 @@ struct Table {
   decltype(&snell::base::edit_grad) edit_grad;
   decltype(&snell::base::smooth_max) smooth_max;
   decltype(&snell::base::smooth_max_grad) smooth_max_grad;
+  decltype(&snell::base::sample) sample;
+  decltype(&snell::base::within) within;
 };
 
 // The best instruction set of this machine. SNELL_ISA selects a lower one, so that one machine can test all of them.
@@ -96,6 +101,17 @@ SNELL_EXPORT int snell_select(const SnellUpdate* u, int64_t k, void* tau) {
 // The share of entries that survive, estimated from `samples` random entries.
 SNELL_EXPORT int snell_density(const SnellUpdate* u, int64_t samples, double* density) {
   return guarded([&] { table.density(*u, samples, density); });
+}
+
+// |K| of entries first to last of an endless random sample.
+SNELL_EXPORT int snell_sample(const SnellUpdate* u, int64_t first, int64_t last, void* out) {
+  return guarded([&] { table.sample(*u, first, last, out); });
+}
+
+// The |K| within [bounds[0], bounds[1]], in any order; counts [2]: how many are below the bounds and how many within. If
+// more than `limit` are within, none is written.
+SNELL_EXPORT int snell_within(const SnellUpdate* u, const void* bounds, int64_t limit, void* out, int64_t* counts) {
+  return guarded([&] { table.within(*u, bounds, limit, out, counts); });
 }
 
 SNELL_EXPORT int snell_factor_grad(const SnellUpdate* u, const SnellUpdate* start, const SnellMatrix* G,

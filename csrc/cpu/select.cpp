@@ -206,6 +206,17 @@ T ranked(std::vector<T>& values, int64_t k) {
   return values[k - 1];
 }
 
+// Each thread's magnitudes within [lo, hi]; room is made for `expected` of them.
+template <class KF, class T>
+std::vector<Gather<KF, T>> gather(const Operand<T>& u, T lo, T hi, int64_t limit, double expected) {
+  std::vector<Gather<KF, T>> bodies(u.threads, {&u, lo, hi, limit, 0, 0, {}});
+  for (auto& body : bodies) body.inside.reserve(size_t(1.1 * expected) + 4096);
+  bodies[0].inside.reserve(size_t(1.1 * expected * u.threads) + 4096);  // the others may be appended to it
+  sweep_all(u, bodies);
+  for (auto& body : bodies) body.inside.resize(body.used);
+  return bodies;
+}
+
 }  // namespace
 
 template <class KF, class T>
@@ -215,15 +226,11 @@ struct Select {
     auto [lo, hi, share] = bracket<KF>(u, k);
     double expected = share * double(u.m) * double(u.n) / u.threads;
     int64_t limit = GATHER_MIN + int64_t(GATHER_SLACK * expected);
-    std::vector<Gather<KF, T>> bodies(u.threads, {&u, lo, hi, limit, 0, 0, {}});
-    for (auto& body : bodies) body.inside.reserve(size_t(1.1 * expected) + 4096);
-    bodies[0].inside.reserve(size_t(1.1 * expected * u.threads) + 4096);  // the others are appended to it
-    sweep_all(u, bodies);
+    auto bodies = gather<KF>(u, lo, hi, limit, expected);
     bool overflow = false;
     for (auto& body : bodies) {
       overflow |= body.used > limit;
       k -= body.below;
-      body.inside.resize(body.used);
       if (&body != &bodies[0]) bodies[0].inside.insert(bodies[0].inside.end(), body.inside.begin(), body.inside.end());
     }
     auto& inside = bodies[0].inside;
@@ -246,6 +253,41 @@ struct Density {
     *density = u.gate == GATE_NONE ? 1.0 : double(survivors) / double(samples);
   }
 };
+
+// |K| of entries `first` to `last` of an endless random sample.
+template <class KF, class T>
+struct Sample {
+  static void run(const SnellUpdate& update, int64_t first, int64_t last, void* out) {
+    Operand<T> u(update, KF::grouped, KF::distance, KF::softmax);
+#pragma omp parallel for num_threads(u.threads) schedule(static) if (u.threads > 1)
+    for (int64_t i = first; i < last; ++i) static_cast<T*>(out)[i - first] = sample_one<KF>(u, i);
+  }
+};
+
+// Magnitudes within [bounds[0], bounds[1]], in any order, and in `counts` how many are below and how many within. If
+// these are more than `limit`, nothing is written.
+template <class KF, class T>
+struct Within {
+  static void run(const SnellUpdate& update, const void* bounds, int64_t limit, void* out, int64_t* counts) {
+    Operand<T> u(update, KF::grouped, KF::distance, KF::softmax);
+    const T* ends = static_cast<const T*>(bounds);
+    auto bodies = gather<KF>(u, ends[0], ends[1], limit, 0.0);
+    counts[0] = counts[1] = 0;
+    for (auto& body : bodies) {
+      counts[0] += body.below;
+      counts[1] += body.used;
+    }
+    if (counts[1] > limit) return;
+    T* to = static_cast<T*>(out);
+    for (auto& body : bodies) to = std::copy(body.inside.begin(), body.inside.end(), to);
+  }
+};
+
+void sample(const SnellUpdate& u, int64_t first, int64_t last, void* out) { dispatch<Sample>(u, first, last, out); }
+
+void within(const SnellUpdate& u, const void* bounds, int64_t limit, void* out, int64_t* counts) {
+  dispatch<Within>(u, bounds, limit, out, counts);
+}
 
 void density(const SnellUpdate& u, int64_t samples, double* share) { dispatch<Density>(u, samples, share); }
 

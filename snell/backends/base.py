@@ -67,6 +67,20 @@ class Backend(ABC):
         """The k-th smallest \\|K\\| (k from 1) of the whole matrix. None: the caller counts in blocks."""
         return None
 
+    def sample(self, K: Update, first: int, out: Tensor) -> bool:
+        """Fill ``out`` with \\|K\\| of random entries, those that follow the first ``first``. False: not supported.
+
+        The sample need not match K bit for bit.
+        """
+        return False
+
+    def within(self, K: Update, bounds: Tensor, out: Tensor) -> tuple[int, int]:
+        """How many \\|K\\| are below the bounds ``[2]`` and how many within; ``out`` gets these if it has the room.
+
+        Required of backends that support :meth:`sample`.
+        """
+        raise NotImplementedError(f"backend {self.name} does not gather entries")
+
     def smooth_max(self, A: Tensor, B: Tensor, theta: Tensor, spec: Spec) -> Tensor | None:
         """The smooth maximum ``[n]`` of each column of the K under a softmax. None: the caller finds it in blocks."""
         return None

@@ -37,6 +37,13 @@ class CpuBackend(Backend):
     def select(self, A: Tensor, B: Tensor, theta: Tensor, spec: Spec, k: int, smooth_max: Tensor | None) -> Tensor:
         return native.select(A.contiguous(), B.contiguous(), theta.contiguous(), spec, k, smooth_max)
 
+    def sample(self, K: Update, first: int, out: Tensor) -> bool:
+        native.sample(K, first, out)
+        return True
+
+    def within(self, K: Update, bounds: Tensor, out: Tensor) -> tuple[int, int]:
+        return native.within(K, bounds, out)
+
     def smooth_max(self, A: Tensor, B: Tensor, theta: Tensor, spec: Spec) -> Tensor:
         return native.smooth_max(A.contiguous(), B.contiguous(), theta.contiguous(), spec)
 
