@@ -11,7 +11,6 @@ from small_models import adapted, batch, build, config, logits, train
 
 from snell.peft import AdaptedLinear, hotswap_adapter, hotswap_adapter_from_state_dict, rescale_adapter_scale
 
-
 EVERY = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
