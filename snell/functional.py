@@ -106,10 +106,17 @@ def select_threshold(A: Tensor, B: Tensor, theta: Tensor, *, sparsity: float, ke
     return update(A.contiguous(), B.contiguous(), theta.contiguous(), spec).tau
 
 
-def update(A: Tensor, B: Tensor, theta: Tensor, spec: Spec, start: Update | None = None) -> Update:
-    """The update with its threshold, from factors that need no checks. A layer builds it in each forward."""
+def update(
+    A: Tensor, B: Tensor, theta: Tensor, spec: Spec, start: Update | None = None, tau: Tensor | None = None
+) -> Update:
+    """The update with its threshold, from factors that need no checks. A layer builds it in each forward.
+
+    Args:
+        tau: the threshold, where it is not the matrix's own.
+    """
     maxima = softmax.smooth_max(A, B, theta, spec)
-    tau = ops.select_threshold(A, B, theta, spec, maxima) if spec.sparsity else A.new_zeros(())
+    if tau is None:
+        tau = ops.select_threshold(A, B, theta, spec, maxima) if spec.sparsity else A.new_zeros(())
     return Update(A, B, theta, tau, spec.applied, start, maxima)
 
 

@@ -18,6 +18,7 @@ from snell import functional
 from snell.functional import WEIGHT_DTYPES
 from snell.initial import identity_start
 from snell.peft import SnellConfig
+from snell.peft.snell.competition import thresholds
 from snell.spec import Spec
 from snell.update import Update
 
@@ -40,7 +41,24 @@ class Adapter:
     keys: dict[str, dict[str, str]]
 
     def updates(self) -> Iterator[tuple[str, Update]]:
-        """Each layer's name and update, one layer in memory at a time."""
+        """Each layer's name and update, one layer in memory at a time, unless all compete with each other."""
+        if self.config.competition == "model":
+            yield from self._competing()
+            return
+        yield from self._by_themselves()
+
+    def _competing(self) -> Iterator[tuple[str, Update]]:
+        updates = dict(self._by_themselves())
+
+        def taus(updates: list[Update]) -> list[Tensor]:
+            return thresholds([(*update[:3], update.spec) for update in updates], self.config.sparsity)
+
+        starts = [update.start for update in updates.values() if update.start is not None]
+        starts = [start._replace(tau=tau) for start, tau in zip(starts, taus(starts), strict=True)] if starts else []
+        for place, (name, tau) in enumerate(zip(updates, taus(list(updates.values())), strict=True)):
+            yield name, updates[name]._replace(tau=tau, start=starts[place] if starts else None)
+
+    def _by_themselves(self) -> Iterator[tuple[str, Update]]:
         with weights(self.folder) as file:
             for layer, keys in self.keys.items():
                 yield layer, self._update(layer, {name: file.get_tensor(key) for name, key in keys.items()})

@@ -105,7 +105,7 @@ def select_shared(layers: Sequence[Parameters], sparsity: float, scales: Sequenc
 
 
 def _ready(parameters: Parameters, weight: float) -> _Layer:
-    A, B, theta, spec = (t.detach() if isinstance(t, Tensor) else t for t in parameters)
+    A, B, theta, spec = parameters[0].detach(), parameters[1].detach(), parameters[2].detach(), parameters[3]
     maxima = None if spec.function.softmax_of is None else columns.smooth_max(A, B, theta, spec)
     ungated = Spec(spec.rank, 0.0, spec.kernel, spec.groups).applied
     backend = backends.of(A)
@@ -161,5 +161,3 @@ def _bracket(layers: Sequence[_Layer], k: int) -> tuple[Tensor, float] | None:
         ordered.partition([min(max(rank, 0), size - 1) for rank in (lower, upper)])
         ends = [float(ordered[lower]) if lower > 0 else 0.0, float(ordered[upper]) if upper < size else math.inf]
     return torch.tensor(ends, dtype=torch.float64), share * entries
-
-

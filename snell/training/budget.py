@@ -75,6 +75,8 @@ class SparsityBudget:
                 raise ValueError(f"{name} must be a number in [0, 1); got {beta!r}")
         self.schedule, self.importance, self.betas, self.adapter = schedule, importance, (beta1, beta2), adapter_name
         self.layers = list(_trained(model, adapter_name))
+        if any(adapter_name in layer.layer.snell_competition for layer in self.layers):
+            raise ValueError(f"adapter {adapter_name!r} must have competition='layer'; its layers compete already")
         if not self.layers:
             raise ValueError(f"model must have a SNELL adapter {adapter_name!r} that is trained")
         self.history: list[tuple[int, dict[str, float]]] = []

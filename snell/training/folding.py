@@ -24,6 +24,8 @@ def can_fold(layer: Any, model: nn.Module) -> bool:
 
     Quantised and sharded weights are none, and an adapter that PEFT cannot merge is not folded either.
     """
+    if getattr(layer, "snell_competition", None):  # what an update holds then depends on layers that still train
+        return False
     base: Any = layer.get_base_layer()
     weight = getattr(base, "weight", None)
     if type(weight) is not nn.Parameter or not weight.is_floating_point() or weight.requires_grad or layer.merged:

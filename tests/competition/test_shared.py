@@ -126,5 +126,5 @@ def test_bad_settings(sparsity, scales, reason):
 
 
 def test_layers_of_different_dtypes():
-    with pytest.raises(ValueError, match="one dtype and device; got torch.float32 on cpu, torch.float64 on cpu"):
+    with pytest.raises(ValueError, match=r"one dtype and device; got torch\.float32 on cpu, torch\.float64 on cpu"):
         select_shared([layer(4, 4), layer(4, 4, dtype=torch.float64)], 0.5, [1.0, 1.0])

@@ -27,6 +27,7 @@ def allow_mixing(name: str, config_cls: type[PeftConfig], model_cls: type[TunerM
 
     def create_and_replace(self: mixed.MixedModel, config: Any, *args: Any, **kwargs: Any) -> None:
         if isinstance(config, config_cls):
+            model_cls.check_mixed(config)
             model_cls.put_in(self, config, *args, **kwargs)
         else:
             others(self, config, *args, **kwargs)

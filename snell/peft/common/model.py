@@ -33,6 +33,11 @@ class TunerModel(BaseTuner):
     def _settings(config: Any, key: str) -> tuple[Any, ...]:
         """What ``update_layer`` of the module of this name takes after the adapter's name."""
 
+    @staticmethod
+    def check_mixed(config: Any) -> None:
+        """Refuse what a model that mixes tuners cannot serve."""
+        return None
+
     def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
         self.put_in(self, *args, **kwargs)
 

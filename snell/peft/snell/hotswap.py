@@ -17,7 +17,7 @@ from snell.peft.snell.model import SnellModel
 __all__ = ["hotswap_adapter", "hotswap_adapter_from_state_dict"]
 
 #: Settings that are part of what the layers compute, or compile to. Ranks show in the factors' shapes.
-_EQUAL = ("sparsity", "sparsity_pattern", "kernel", "groups", "gate", "scale", "trains_theta", "dropout")
+_EQUAL = ("sparsity", "sparsity_pattern", "competition", "kernel", "groups", "gate", "scale", "trains_theta", "dropout")
 
 
 def hotswap_adapter(

@@ -16,6 +16,7 @@ from snell.merging import Merged, row_blocks
 from snell.peft.common import base
 from snell.peft.common.factor import Factor
 from snell.peft.common.layer import TunerLayer
+from snell.peft.snell.competition import Competition
 from snell.peft.snell.config import SnellConfig
 from snell.peft.snell.scaling import Scaled
 from snell.precision import HALVES, factor_dtype, full
@@ -53,7 +54,7 @@ class AdaptedLinear(Scaled, TunerLayer):
     tuner = "SNELL"
     adapter_layer_names: tuple[str, ...] = ("snell_A", "snell_B", "snell_theta")
     other_param_names: tuple[str, ...] = ("snell_dropout", "snell_spec", "snell_scale", "snell_constants")
-    other_param_names += ("snell_start", "_own_sparsity", "scaling")
+    other_param_names += ("snell_start", "_own_sparsity", "scaling", "snell_competition")
 
     def __init__(
         self,
@@ -80,6 +81,7 @@ class AdaptedLinear(Scaled, TunerLayer):
         # PEFT saves what stands below a child's name: this one has no parameters, but sparsities are saved under it.
         self.snell_sparsity = nn.ModuleDict()
         self._own_sparsity: dict[str, float] = {}
+        self.snell_competition: dict[str, Competition] = {}
 
     def update_layer(self, adapter_name: str, spec: Spec, config: SnellConfig) -> None:
         """Add an adapter, or draw it anew."""
@@ -140,7 +142,10 @@ class AdaptedLinear(Scaled, TunerLayer):
     def _update(self, name: str) -> Update:
         A, B, theta, spec = self._parameters_of(name)
         split = base.split(self.base_layer, self.fan_in_fan_out)
-        start = self.snell_start[name]
+        start, competition = self.snell_start[name], self.snell_competition.get(name)
+        if competition is not None:
+            constant = None if start is None else competition.start(self)
+            return functional.update(A, B, theta, spec, constant, competition.tau(self))
         rest = A, B, theta, spec, None if start is None else start.like(A).update
         return functional.update(*rest) if split is None else split.update(*rest)
 
@@ -172,8 +177,10 @@ class AdaptedLinear(Scaled, TunerLayer):
         """Give an adapter of this layer a sparsity of its own from now on. It is saved and loaded with the factors.
 
         Raises:
-            ValueError: outside [0, 1), or from or to 0, which would change the gate.
+            ValueError: outside [0, 1), or from or to 0, which would change the gate; or layers compete with each other.
         """
+        if adapter_name in self.snell_competition:
+            raise ValueError("sparsity of a layer cannot be set where competition is 'model': layers compete for it")
         spec = replace(self.snell_spec[adapter_name], sparsity=sparsity)
         if spec.effective_gate != self.snell_spec[adapter_name].effective_gate:
             raise ValueError(f"sparsity must stay above 0, or the gate would change; got {sparsity}")

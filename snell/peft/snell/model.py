@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from snell.initial import warn_if_dead, warn_if_large
 from snell.peft.common import base, checkpoint
 from snell.peft.common.model import TunerModel
+from snell.peft.snell.competition import Competition
 from snell.peft.snell.config import SnellConfig
 from snell.peft.snell.convolution import AdaptedConvolution
 from snell.peft.snell.embedding import AdaptedEmbedding
@@ -50,6 +51,12 @@ class SnellModel(TunerModel):
             raise ValueError("cannot merge with layer_replication: blocks with adapters of their own share a weight")
 
     @staticmethod
+    def check_mixed(config: Any) -> None:
+        """Refuse a competition over all layers."""
+        if config.competition != "layer":
+            raise ValueError(f"competition must be 'layer' in a model that mixes tuners; got {config.competition!r}")
+
+    @staticmethod
     def _settings(config: SnellConfig, key: str) -> tuple[Spec, SnellConfig]:
         return config.spec_of(key), config
 
@@ -57,6 +64,8 @@ class SnellModel(TunerModel):
         """As PEFT does, and warn of layers that will not train or that start with an update larger than the weight."""
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config: Any = self.peft_config[adapter_name]
+        if config.competition == "model":
+            self._compete(adapter_name, config.sparsity)
         sizes: dict[str, float] = {}
         for name, layer in self._layers(adapter_name):
             spec = layer.snell_spec[adapter_name]
@@ -65,6 +74,27 @@ class SnellModel(TunerModel):
             if config.init_weights is True and not config.inference_mode:
                 sizes[name] = layer.relative_size(adapter_name)
         warn_if_large(sizes, config.scale)
+
+    def _compete(self, adapter_name: str, sparsity: float) -> None:
+        layers = dict(self._layers(adapter_name))
+        competition = Competition(adapter_name, layers, sparsity)
+        for layer in layers.values():
+            layer.snell_competition[adapter_name] = competition
+        hook = self.model.register_forward_pre_hook(competition.before_forward)
+        self.__dict__.setdefault("_competitions", {})[adapter_name] = competition, hook
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward. Layers that compete with each other get their thresholds first."""
+        for competition, _ in self.__dict__.get("_competitions", {}).values():
+            competition.refresh()  # PEFT calls model.forward, which runs no hook
+        return super().forward(*args, **kwargs)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter."""
+        super().delete_adapter(adapter_name)
+        _, hook = self.__dict__.get("_competitions", {}).pop(adapter_name, (None, None))
+        if hook is not None:
+            hook.remove()
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
