@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from weakref import WeakValueDictionary
 
 import torch
@@ -22,6 +23,7 @@ __all__ = [
     "draw_visible",
     "identity_start",
     "relative_size",
+    "size_at_start",
     "warn_if_dead",
     "warn_if_large",
 ]
@@ -160,6 +162,22 @@ def relative_size(A: Tensor, B: Tensor, theta: Tensor, spec: Spec, weight: Tenso
     tau = K.abs().flatten().kthvalue(zeroed).values if zeroed else K.new_zeros(())
     delta, base_norm = K * reference.gate_values(K, tau, gate=spec.effective_gate), base.norm().item()
     return delta.norm().item() / base_norm if base_norm else 0.0
+
+
+@lru_cache(maxsize=None)
+@torch.no_grad()
+def size_at_start(m: int, n: int, spec: Spec, sparsity: float) -> float:
+    """A magnitude that about this share of a fresh ``[m, n]`` update's \\|K\\| do not exceed, at a scale of 1.
+
+    It is the quantile of 256 x 256 entries drawn as :func:`draw` draws, from the same numbers for every shape, rounded
+    to 11 bits so that it is the same on every machine. The part of K that is a softmax over all rows is left out.
+    """
+    spec = replace(spec, kernel=spec.function.softmax_of or spec.kernel)
+    A, B = counter.uniform(2 * _SAMPLE * spec.rank, seed=0).double().view(2, _SAMPLE, spec.rank)
+    A, B = (factor / math.sqrt(length * spec.rank / spec.groups) for factor, length in ((A, n), (B, m)))
+    K = _sampled(A, B, A.new_tensor(spec.initial_theta(1.0)), spec)
+    mantissa, exponent = math.frexp(K.abs().flatten().kthvalue(max(math.ceil(sparsity * K.numel()), 1)).values.item())
+    return math.ldexp(round(mantissa * 2**11), exponent - 11)
 
 
 def warn_if_large(sizes: dict[str, float], scale: float) -> None:

@@ -6,7 +6,6 @@ rank axis or over each of its groups. docs/method.md lists the steps to add a ke
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -58,17 +57,6 @@ class KernelFunction:
     def num_statistics(self, groups: int) -> int:
         """Number of statistics that :attr:`value` takes."""
         return groups if self.grouped else 1
-
-    def size_at_start(self, n: int, m: int, width: int) -> float:
-        """How \\|K\\| of an ``[m, n]`` update depends on its shape at the published start, up to a constant.
-
-        Factors then are uniform in +-1/sqrt(n w) and +-1/sqrt(m w), w columns in each group. Signs of groups cancel
-        their distances' means and leave the deviations; a single distance is near its mean.
-        """
-        if self.statistic == "dot":
-            return 1 / math.sqrt(n * m * width)
-        a, b = 1 / n, 1 / m
-        return math.sqrt((a * a + 5 * a * b + b * b) / ((a + b) * width)) if self.grouped else a + b
 
     def statistics(self, A: Tensor, B: Tensor, groups: int) -> list[Tensor]:
         """The statistics of all pairs of rows of ``B [m, r]`` and ``A [n, r]``, each ``[m, n]``."""

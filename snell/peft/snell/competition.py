@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from snell import backends
 from snell.competition import memo
 from snell.competition.shared import select_shared
+from snell.initial import size_at_start
 from snell.peft.common import base
 from snell.update import Parameters
 
@@ -23,10 +24,7 @@ def thresholds(layers: Sequence[Parameters], sparsity: float) -> list[Tensor]:
 
     A fresh adapter then has about the same sparsity in each layer.
     """
-    scales = [
-        spec.function.size_at_start(len(A), len(B), spec.rank // spec.function.num_statistics(spec.groups))
-        for A, B, _, spec in layers
-    ]
+    scales = [size_at_start(len(B), len(A), spec, sparsity) for A, B, _, spec in layers]
     return select_shared(layers, sparsity, scales)
 
 
