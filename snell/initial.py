@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cache
 from weakref import WeakValueDictionary
 
 import torch
@@ -164,7 +164,7 @@ def relative_size(A: Tensor, B: Tensor, theta: Tensor, spec: Spec, weight: Tenso
     return delta.norm().item() / base_norm if base_norm else 0.0
 
 
-@lru_cache(maxsize=None)
+@cache
 @torch.no_grad()
 def size_at_start(m: int, n: int, spec: Spec, sparsity: float) -> float:
     """A magnitude that about this share of a fresh ``[m, n]`` update's \\|K\\| do not exceed, at a scale of 1.
