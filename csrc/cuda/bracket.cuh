@@ -183,14 +183,13 @@ __device__ inline int kth_of_sample(const int* sample, int number, int64_t k, Br
     prefix = prefix << width | int(place.bin);
     k -= place.before;
     above = shift;
-    __syncthreads();
   }
   return prefix;
 }
 
 // tau where it is known, else the first bracket. A block draws an entry a thread and hashes a part of the factors.
 template <int KERNEL>
-__global__ void __launch_bounds__(SAMPLERS) bracket_kernel(SnellSelect s) {
+__global__ void __launch_bounds__(SAMPLERS, 1) bracket_kernel(SnellSelect s) {
   SNELL_SHARED(Bracketing, shared);
   const Layer layer(s);
   const uint64_t hash = warp_sum(hash_share(s, layer));

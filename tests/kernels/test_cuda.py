@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from launching import exact, parameters, recorded
 
 from emulation import SELECT, build, selecting
+from snell import backends, functional
 from snell.competition import columns
 from snell.kernels import cuda, selection
 from snell.kernels.selection import select_thresholds
@@ -64,13 +66,60 @@ def test_tau_has_the_bits_of_tritons_at_every_edge_of_a_tile(kernel, groups, m, 
     assert fingerprint.equal(of_triton(layer)[1])
 
 
-@pytest.mark.parametrize("gamma", [0.5, 0.0, -0.3])
+@pytest.mark.parametrize("gamma", [0.5, 0.0, -0.3, -1e-9])
 def test_a_softmax_over_the_columns_is_a_part_of_K(gamma):
     A, B, theta, spec = parameters(70, 90, 6, 0.8, kernel="mixture")
     theta[-3:] = torch.tensor([0.7, 0.2, gamma])
     maxima = columns.smooth_max(A, B, theta, spec)
     layer = A, B, theta, spec
     assert select_thresholds([layer], maxima)[0].equal(of_triton(layer, maxima)[0])
+
+
+@pytest.mark.parametrize("sparsity", [0.2, 0.8])
+def test_tau_may_be_an_end_of_the_bracket_that_many_entries_share(monkeypatch, sparsity):
+    """Half the entries are 0, half are equal: both values are ends, and nothing lies between them."""
+    test_select.planned(monkeypatch, samples=1000, low=100, high=900)
+    A, B = torch.zeros(70, 4), torch.zeros(66, 4)
+    A[::2] = 1.0
+    layer = A, B, torch.tensor([0.5, 0.25]), Spec(4, sparsity)
+    assert select_thresholds([layer])[0] == exact(layer) == (1.0606601 if sparsity > 0.5 else 0.0)
+
+
+def test_the_sample_brackets_tau_as_closely_as_planned(monkeypatch):
+    monkeypatch.setattr(selection, "PASSES", 0)
+    states, call = [], cuda.select
+
+    def keep(device, **numbers):
+        states.append(numbers["state"])
+        call(device, **numbers)
+
+    monkeypatch.setattr(cuda, "select", keep)
+    layer = A, B, theta, spec = parameters(1100, 2000, 2, 0.8)
+    select_thresholds([layer])
+    plan = selection._plan(layer)
+    assert plan.samples == selection.SAMPLES
+    with backends.use("blocked"):
+        K = functional.merge(A, B, theta, torch.zeros(()), kernel=spec.kernel, groups=spec.groups, gate="none")
+    for end, order in zip(states[0][0, :2].int().view(torch.float32), (plan.low, plan.high), strict=True):
+        q = order / plan.samples
+        assert float((K.abs() <= end).float().mean()) == pytest.approx(q, abs=5 * math.sqrt(q * (1 - q) / plan.samples))
+
+
+def test_nothing_of_a_pass_is_left_to_the_next(monkeypatch):
+    """Two brackets that miss: the first has 40 % of the entries at its upper end."""
+    test_select.planned(monkeypatch, samples=1000, low=100, high=500)
+    A = torch.tensor([1.0] * 20 + [1.0001] * 40 + [2.0] * 40)[:, None]
+    layer = A, torch.zeros(30, 1), torch.ones(1), Spec(1, 0.65, groups=1)
+    assert select_thresholds([layer])[0] == 2.0
+
+
+def test_a_tau_of_other_factors_in_the_memo_is_not_taken():
+    """As another stream leaves it that has written half."""
+    layer = parameters(30, 40)
+    select_thresholds([layer])
+    test_select.poison(layer[0].device)
+    selection._memos[layer[0].device]._held[:, 1] ^= 1 << 40
+    assert select_thresholds([layer])[0] == exact(layer)
 
 
 def test_ties_and_what_is_not_a_number_at_random():
