@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from snell import waves
-from snell.kernels import count, launch, select, split
+from snell.kernels import count, cuda, launch, select, split
 from snell.spec import Spec
 from snell.update import Parameters
 
@@ -162,6 +162,31 @@ def _select(layers: Sequence[Parameters], plan: _Plan, smooth_max: Tensor | None
         parts = [split.split(A, B, spec) for A, B, _, spec in layers]
         halves = torch.cat([t for of_A, of_B, _ in parts for t in (of_A, of_B)]), torch.cat([one[2] for one in parts])
     stride = factors.stride(0)
+    if halves is None and cuda.serves(device):
+        cuda.select(
+            device,
+            **plan._asdict(),
+            sample=samples,
+            buckets=bucket,
+            factors=factors,
+            theta=theta,
+            smooth_max=smooth_max,
+            state=state,
+            memo=None if memo is None else slot,
+            tau=taus,
+            stride=stride,
+            salt=salt,
+            layers=number,
+            rank=spec.rank,
+            groups=spec.groups,
+            kernel=cuda.KERNELS.index(spec.kernel),
+            num_theta=num_theta,
+            room=SAMPLES,
+            bins=BINS,
+            programs=PROGRAMS * waves.num_processors(device),
+            passes=PASSES,
+        )
+        return taus, state[:, select.HASH.value]
     setting = launch.meta(spec) | {"HAS_MEMO": memo is not None, "NUM_THETA": num_theta, "BINS": BINS}
     hashing = triton.cdiv(plan.m + plan.n, BLOCK) * triton.cdiv(spec.rank, COLUMNS)
     launch.run(

@@ -104,7 +104,7 @@ def test_files_are_short() -> None:
         f"{path.relative_to(ROOT)}: {count}"
         for folder, limit in limits.items()
         for path in (ROOT / folder).rglob("*")
-        if path.suffix in (".py", ".cpp", ".h", ".cu") and (count := len(path.read_text().splitlines())) > limit
+        if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh") and (count := len(path.read_text().splitlines())) > limit
     ]
     assert not long, f"files to split: {long}"
 
