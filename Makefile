@@ -46,4 +46,4 @@ $(VENV)/.ready: pyproject.toml constraints.txt setup.py $(NATIVE)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist out snell/_native.so *.egg-info
+	rm -rf $(VENV) build dist out snell/*.so *.egg-info

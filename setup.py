@@ -3,6 +3,9 @@
 Each source in SIMD_SOURCES is compiled once per instruction set; the library picks one at run time. Without a C++
 compiler, or with SNELL_NO_NATIVE=1, the package is pure Python: its wheel is py3-none-any and layers on the CPU use the
 PyTorch backend. A compiler that is there and fails is an error, since a slow package is not what its user expects.
+
+Where nvcc is on the PATH, the CUDA library is built beside it. The package does not need it, so an nvcc that fails is a
+warning.
 """
 
 import os
@@ -25,6 +28,10 @@ ISAS = {"v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"], "v3": ["-march=
 SIMD_SOURCES = [f"csrc/cpu/{name}.cpp" for name in ("merge", "select", "factor_grad", "softmax", "red")]
 FLAGS = ["-std=c++17", "-O3", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=off", "-Wall", "-g0"]
 FLAGS += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # GCC's own AVX-512 header trips them
+
+CUDA_SOURCES = ["csrc/cuda/select.cu"]
+CUDA_ARCHITECTURES = (80, 90, 100)
+CUDA_FLAGS = ["-std=c++17", "-O3", "-shared", "-cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads=0"]
 
 WITHOUT = "snell without its native library: layers on the CPU run on the PyTorch backend, several times slower"
 
@@ -57,6 +64,8 @@ class BuildNative(build_ext):
         return fullname.replace(".", "/") + ".so"
 
     def build_extension(self, ext):
+        if ext.name == CUDA:
+            return self._build_with_nvcc(ext)
         try:
             self._build(ext)
         except CCompilerError as error:
@@ -77,6 +86,20 @@ class BuildNative(build_ext):
         self.compiler.link_shared_object(
             objects, self.get_ext_fullpath(ext.name), extra_postargs=["-fopenmp"], target_lang="c++"
         )
+
+    def _build_with_nvcc(self, ext):
+        listed = subprocess.run(["nvcc", "--list-gpu-arch"], capture_output=True, text=True, check=False).stdout.split()
+        known = [arch for arch in CUDA_ARCHITECTURES if f"compute_{arch}" in listed]
+        targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in known]
+        # Devices of later architectures compile it from PTX.
+        targets += [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in known[-1:]]
+        path = self.get_ext_fullpath(ext.name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        command = ["nvcc", *CUDA_FLAGS, *targets, *ext.sources, "-o", path]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if not known or done.returncode:
+            why = done.stderr.strip() if known else f"it knows none of compute_{CUDA_ARCHITECTURES}"
+            print(f"warning: snell without its CUDA library: nvcc failed: {why}", file=sys.stderr)
 
     def _accepts(self, flags):
         """Whether the compiler knows the instruction set; an older one does without it."""
@@ -107,10 +130,22 @@ def packages():
         yield from (f"{package}.{name}" for name in find_packages(folder))
 
 
+CUDA = "snell._cuda"
+
+
+def extensions():
+    if PURE:
+        return
+    yield Extension("snell._native", ["csrc/cpu/library.cpp"], language="c++")
+    if shutil.which("nvcc"):
+        # optional: a wheel or an editable installation does without its file.
+        yield Extension(CUDA, CUDA_SOURCES, language="c++", optional=True)
+
+
 setup(
     packages=list(packages()),
     package_dir=FOLDERS,
     include_package_data=False,  # figures, sources and scripts stay in the source archive
-    ext_modules=[] if PURE else [Extension("snell._native", ["csrc/cpu/library.cpp"], language="c++")],
+    ext_modules=list(extensions()),
     cmdclass={"build_py": BuildPython, "build_ext": BuildNative, "bdist_wheel": Wheel},
 )

@@ -121,6 +121,27 @@ while [ $# -gt 0 ]; do [ "$1" = -o ] && : > "$2"; shift; done"""
         assert "-DSNELL_HAVE_V4" not in calls
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the native library is built on Linux only")
+@pytest.mark.parametrize("works", [True, False])
+def test_the_cuda_library_is_built_by_an_nvcc_that_works(unpacked: Path, tmp_path: Path, works: bool) -> None:
+    leaves_a_file = 'while [ $# -gt 0 ]; do [ "$1" = -o ] && : > "$2"; shift; done'
+    compiler = _compiler(tmp_path / "c++", leaves_a_file)
+    # It knows one architecture of those that are asked for.
+    listed = 'case "$1" in --list-gpu-arch) echo compute_75; echo compute_90; exit 0;; esac'
+    outcome = leaves_a_file if works else "echo no host compiler >&2; exit 1"
+    _compiler(tmp_path / "nvcc", f'{listed}\necho "$@" >> {tmp_path}/calls\n{outcome}')
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    _, members, output = _wheel(unpacked, tmp_path, CXX=compiler, PATH=path)
+    assert {"snell/_native.so", "snell/_cuda.so"} & members == {"snell/_native.so"} | (
+        {"snell/_cuda.so"} if works else set()
+    )
+    calls = (tmp_path / "calls").read_text()
+    assert "arch=compute_90,code=sm_90" in calls
+    assert "arch=compute_90,code=compute_90" in calls
+    assert "compute_80" not in calls
+    assert ("without its CUDA library: nvcc failed: no host compiler" in output) == (not works)
+
+
 def test_one_python_version_is_asked_for() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
     (oldest,) = re.findall(r"^>=(3\.\d+)$", settings["project"]["requires-python"])

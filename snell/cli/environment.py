@@ -18,6 +18,7 @@ from packaging.specifiers import SpecifierSet
 
 from snell import backends, native
 from snell.cli.machine import machine_facts
+from snell.kernels import cuda
 
 OK, NOTE, PROBLEM = "ok", "note", "problem"
 
@@ -148,6 +149,18 @@ def triton() -> Finding:
     return Finding("Triton", "package", OK, f"{version}; kernels are compiled for the GPU at first use")
 
 
+def cuda_library() -> Finding:
+    """Whether the CUDA library is built and loads, and whether it is asked for."""
+    asked = os.environ.get("SNELL_CUDA_SELECT") == "1"
+    if cuda.problem() is None:
+        use = "selects thresholds on a GPU" if asked else "unused without SNELL_CUDA_SELECT=1"
+        return Finding("CUDA library", "file", OK, f"{cuda.PATH} loads; {use}")
+    text = f"the CUDA library {cuda.problem()}; the Triton kernels serve in its place"
+    if not asked:
+        return Finding("CUDA library", "file", OK, text)
+    return Finding("CUDA library", "file", NOTE, text, f"put nvcc on the PATH, then: {_reinstall()}")
+
+
 def _requirement(name: str) -> str:
     found = (Requirement(line) for line in importlib.metadata.requires("snell") or ())
     return next((f"{r.name}{r.specifier}" for r in found if r.name == name), name)
@@ -175,4 +188,4 @@ def _describe(backend: str) -> str:
 
 def findings() -> list[Finding]:
     """All findings, in the order of the report."""
-    return [*machine(), *versions(), native_library(), triton(), *devices()]
+    return [*machine(), *versions(), native_library(), triton(), cuda_library(), *devices()]

@@ -210,3 +210,20 @@ def test_what_raises_is_a_failure_in_a_sentence(monkeypatch):
     assert "raises RuntimeError: no kernel image" in done.output
     assert "more lines" not in done.output
     assert "Traceback" not in done.output
+
+
+# --- the CUDA library
+
+
+def test_the_cuda_library_is_asked_for_and_absent(monkeypatch):
+    monkeypatch.setattr("snell.kernels.cuda._problem", "was not built (no nvcc at installation?)")
+    assert environment.cuda_library().verdict == environment.OK
+    monkeypatch.setenv("SNELL_CUDA_SELECT", "1")
+    found = environment.cuda_library()
+    assert found.verdict == environment.NOTE
+    assert "nvcc" in found.advice
+
+
+def test_the_cuda_library_is_there(monkeypatch):
+    monkeypatch.setattr("snell.kernels.cuda._problem", None)
+    assert "unused without SNELL_CUDA_SELECT=1" in environment.cuda_library().text
