@@ -95,6 +95,8 @@ class BuildNative(build_ext):
         targets += [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in known[-1:]]
         path = self.get_ext_fullpath(ext.name)
         os.makedirs(os.path.dirname(path), exist_ok=True)
+        if os.path.exists(path):
+            os.remove(path)  # an earlier build's, which nvcc would leave where it fails
         command = ["nvcc", *CUDA_FLAGS, *targets, *ext.sources, "-o", path]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if not known or done.returncode:

@@ -29,7 +29,7 @@ def _dot(B: Tensor, A: Tensor) -> Tensor:
     return (B.unsqueeze(1) * A).sum(-1)
 
 
-# MKL's exp chooses its code in its first call. Where that came from two threads at once, one of them got results 3e-9 off
+# MKL's exp chooses its code in its first call. Where that came from two threads at once, one got results 3e-9 off
 # (torch 2.13), so the first call is made by one thread.
 for _dtype in (torch.float32, torch.float64):
     torch.zeros(1, dtype=_dtype, device="cpu").exp()
