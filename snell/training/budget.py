@@ -76,7 +76,7 @@ class SparsityBudget:
         self.schedule, self.importance, self.betas, self.adapter = schedule, importance, (beta1, beta2), adapter_name
         self.layers = list(_trained(model, adapter_name))
         if any(adapter_name in layer.layer.snell_competition for layer in self.layers):
-            raise ValueError(f"adapter {adapter_name!r} must have competition='layer'; its layers compete already")
+            raise ValueError(f"adapter {adapter_name!r} must not have competition='model': its layers compete already")
         if not self.layers:
             raise ValueError(f"model must have a SNELL adapter {adapter_name!r} that is trained")
         self.history: list[tuple[int, dict[str, float]]] = []
@@ -118,7 +118,8 @@ class SparsityBudget:
         values = [_local(p) for p in factors]
         if self.importance == "sensitivity":
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in factors]
-            now = torch._foreach_mul(values, [_local(grad) for grad in grads])
+            # An embedding may have sparse gradients.
+            now = torch._foreach_mul(values, [_local(grad).to_dense() for grad in grads])
             torch._foreach_abs_(now)
             for one in now:
                 one.nan_to_num_(0.0, 0.0, 0.0)
@@ -182,7 +183,7 @@ class SparsityBudget:
 
 def _trained(model: nn.Module, adapter: str) -> Iterator[_Layer]:
     for name, layer in model.named_modules():
-        if type(layer) is AdaptedLinear and adapter in layer.adapter_names:
+        if isinstance(layer, AdaptedLinear) and adapter in layer.adapter_names:
             modules: list[Any] = [layer.snell_A[adapter], layer.snell_B[adapter]]
             factors = modules[0].weight, modules[1].weight
             if all(factor.requires_grad for factor in factors):

@@ -21,6 +21,7 @@ class BudgetCallback(TrainerCallback):
 
     Args:
         initial, final, warmup, cooldown, interval: as for :class:`BudgetSchedule`, whose total is the training's.
+            Without ``final``, the adapter's ``sparsity``.
         every: what its steps are: ``"step"`` (the optimizer's) or ``"epoch"``. Gradients count at every step.
         settings: ``importance``, ``beta1``, ``beta2`` and ``adapter_name`` of :class:`SparsityBudget`.
 
@@ -34,7 +35,7 @@ class BudgetCallback(TrainerCallback):
     def __init__(
         self,
         initial: float,
-        final: float,
+        final: float | None = None,
         *,
         warmup: int = 0,
         cooldown: int = 0,
@@ -45,14 +46,17 @@ class BudgetCallback(TrainerCallback):
         if every not in ("step", "epoch"):
             raise ValueError(f"every must be step or epoch; got {every!r}")
         self.schedule = {"warmup": warmup, "cooldown": cooldown, "interval": interval}
-        BudgetSchedule(initial, final, warmup + cooldown + 1, **self.schedule)
+        BudgetSchedule(initial, initial if final is None else final, warmup + cooldown + 1, **self.schedule)
         self.ends, self.every, self.settings = (initial, final), every, settings
         self.budget: SparsityBudget | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Set the first sparsities, or those of the checkpoint."""
         total = state.max_steps if self.every == "step" else -(-state.num_train_epochs // 1)
-        schedule = BudgetSchedule(*self.ends, int(total), **self.schedule)
+        initial, final = self.ends
+        if final is None:
+            final = kwargs["model"].peft_config[self.settings.get("adapter_name", "default")].sparsity
+        schedule = BudgetSchedule(initial, final, int(total), **self.schedule)
         self.budget = SparsityBudget(kwargs["model"], schedule, **self.settings)
         if state.global_step:
             path = _path(args, state)

@@ -2,6 +2,7 @@
 
 import copy
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -216,3 +217,51 @@ def test_a_callback_checks_its_arguments_at_once():
         BudgetCallback(0.5, 0.9, every="batch")
     with pytest.raises(ValueError, match="final must be a sparsity"):
         BudgetCallback(0.5, 1.0)
+
+
+# --- competition="budget", and layers that are not linear
+
+
+def of_budget(**settings):
+    return adapted(sparsity=0.8, competition="budget", **settings)
+
+
+def test_a_budget_ends_at_the_adapters_own_sparsity(tmp_path):
+    model = of_budget()
+    callback = BudgetCallback(0.5)
+    run(model, Samples("bert", 12), tmp_path, callback, max_steps=4).train()
+    assert callback.budget.schedule.final == 0.8
+    assert sum(kept(model)) == BudgetSchedule(0.5, 0.8, 4).kept(4, callback.budget.entries)
+
+
+def test_training_without_a_budget_warns_once():
+    model, with_one, judged = of_budget().train(), of_budget().train(), of_budget().eval()
+    SparsityBudget(with_one, SCHEDULE)
+    with pytest.warns(UserWarning, match="trains without a budget"):
+        model(**batch("bert", 2))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*without a budget")
+        for silent in (model, with_one, judged):
+            silent(**batch("bert", 2))
+
+
+@pytest.mark.parametrize("wrong", [{"sparsity_pattern": {"query": 0.5}}, {"sparsity": 0.0}])
+def test_a_budget_divides_one_total(wrong):
+    with pytest.raises(ValueError, match="competition='budget': all layers compete for one total"):
+        SnellConfig(**{"competition": "budget", **wrong})
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_embeddings_and_convolutions_take_part(sparse):
+    embedding = torch.nn.Embedding(12, 8, sparse=sparse)
+    base = torch.nn.Sequential(embedding, torch.nn.Unflatten(1, (1, 6)), torch.nn.Conv2d(1, 4, 3), torch.nn.Flatten())
+    base.append(torch.nn.Linear(4 * 4 * 6, 3))
+    model = get_peft_model(base, SnellConfig(r=4, target_modules=["0", "2", "4"], gate="hard"))
+    budget = SparsityBudget(model, SCHEDULE)
+    assert [layer.name.rsplit(".", 1)[-1] for layer in budget.layers] == ["0", "2", "4"]
+    for step in range(1, 11):
+        model(torch.randint(12, (5, 6))).square().sum().backward()
+        budget.update_and_allocate(step)
+        assert sum(kept(model)) == SCHEDULE.kept(step, budget.entries)
+        model.zero_grad()
+    assert all(score > 0 for score in budget.scores())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
@@ -16,7 +17,7 @@ from snell.initial import size_at_start
 from snell.peft.common import base
 from snell.update import Parameters
 
-__all__ = ["Competition", "thresholds"]
+__all__ = ["BudgetReminder", "Competition", "thresholds"]
 
 
 def thresholds(layers: Sequence[Parameters], sparsity: float) -> list[Tensor]:
@@ -107,6 +108,31 @@ class Competition:
             self._starts = key, thresholds([(*update[:3], update.spec) for update in starts], self.sparsity)
         place = self._places[id(layer)]
         return starts[place]._replace(tau=self._starts[1][place])
+
+
+class BudgetReminder:
+    """A forward pre-hook of a model, which warns where the adapter's layers were to have a budget and train without.
+
+    Args:
+        name: the adapter's.
+        layers: those that it has.
+    """
+
+    def __init__(self, name: str, layers: Sequence[Any]) -> None:
+        self.name, self.layers, self.done = name, layers, False
+
+    @torch.compiler.disable
+    def __call__(self, model: nn.Module, args: Any) -> None:
+        """Warn once, in training."""
+        if self.done or not (model.training and torch.is_grad_enabled()):
+            return
+        self.done = True
+        if not any(layer.has_own_sparsity(self.name) for layer in self.layers):
+            warnings.warn(
+                f"adapter {self.name!r} has competition='budget' and trains without a budget: each layer keeps the "
+                "same share. snell.training.BudgetCallback or SparsityBudget divides the total",
+                stacklevel=2,
+            )
 
 
 def _versions(layer: Any, name: str) -> tuple:

@@ -16,7 +16,7 @@ from snell.spec import Spec
 __all__ = ["SnellConfig"]
 
 INIT_WEIGHTS = (True, False, "identity")
-COMPETITIONS = ("layer", "model")
+COMPETITIONS = ("layer", "model", "budget")
 BIASES = ("none", "all", "snell_only")
 
 #: A larger rank makes the factors larger than any layer's weight; the allocator would say so in its own words.
@@ -59,7 +59,9 @@ class SnellConfig(TargetsConfig):
         sparsity_pattern: Likewise in place of ``sparsity``.
         competition: Among whom entries compete. ``layer``: each layer keeps the same share of its own. ``model``: all
             layers compete for one total, by \\|K\\| over a size that depends on the layer's shape, so that a layer
-            may keep more than another; about the same share at the start. Then without ``sparsity_pattern``.
+            may keep more than another; about the same share at the start. ``budget``: a
+            :class:`snell.training.SparsityBudget` divides the total among the layers while they train, and ends at
+            ``sparsity``. The last two go without ``sparsity_pattern``.
         bias: Which biases of the base are trained too: ``none``, ``all`` or ``snell_only`` (those of the targets).
             With any but ``none`` a disabled adapter no longer gives the base model's outputs.
         fan_in_fan_out: Whether the targets store their weight [in, out]. Known by itself for Conv1D and Linear.
@@ -100,7 +102,7 @@ class SnellConfig(TargetsConfig):
     sparsity_pattern: dict[str, float] = field(
         default_factory=dict, metadata={"help": "Sparsities of modules by regular expression, in place of sparsity."}
     )
-    competition: str = field(default="layer", metadata={"help": "Among whom entries compete: layer or model."})
+    competition: str = field(default="layer", metadata={"help": "Among whom entries compete: layer, model or budget."})
     bias: str = field(default="none", metadata={"help": "Biases trained too: none, all or snell_only."})
     init_weights: bool | str = field(
         default=True,
@@ -135,9 +137,9 @@ class SnellConfig(TargetsConfig):
         check_seed(self.init_seed)
         if self.competition not in COMPETITIONS:
             raise ValueError(f"competition must be one of {', '.join(COMPETITIONS)}; got {self.competition!r}")
-        if self.competition == "model" and (self.sparsity_pattern or not self.sparsity):
+        if self.competition != "layer" and (self.sparsity_pattern or not self.sparsity):
             wrong = "sparsity_pattern must be empty" if self.sparsity_pattern else "sparsity must be above 0"
-            raise ValueError(f"{wrong} with competition='model': all layers compete for one total")
+            raise ValueError(f"{wrong} with competition={self.competition!r}: all layers compete for one total")
         if self.bias not in BIASES:
             raise ValueError(f"bias must be one of {', '.join(BIASES)}; got {self.bias!r}")
 

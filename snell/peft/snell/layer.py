@@ -187,6 +187,10 @@ class AdaptedLinear(Scaled, TunerLayer):
         self.snell_spec[adapter_name] = spec
         self._own_sparsity[adapter_name] = sparsity
 
+    def has_own_sparsity(self, adapter_name: str) -> bool:
+        """Whether :meth:`set_sparsity` has given the adapter one in this layer."""
+        return adapter_name in self._own_sparsity
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name, sparsity in self._own_sparsity.items():

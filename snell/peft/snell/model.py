@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, replicate_layers
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from snell.initial import warn_if_dead, warn_if_large
 from snell.peft.common import base, checkpoint
 from snell.peft.common.model import TunerModel
-from snell.peft.snell.competition import Competition
+from snell.peft.snell.competition import BudgetReminder, Competition
 from snell.peft.snell.config import SnellConfig
 from snell.peft.snell.convolution import AdaptedConvolution
 from snell.peft.snell.embedding import AdaptedEmbedding
@@ -53,8 +54,8 @@ class SnellModel(TunerModel):
     @staticmethod
     def check_mixed(config: Any) -> None:
         """Refuse a competition over all layers."""
-        if config.competition != "layer":
-            raise ValueError(f"competition must be 'layer' in a model that mixes tuners; got {config.competition!r}")
+        if config.competition == "model":
+            raise ValueError("competition must not be 'model' where a model mixes tuners")
 
     @staticmethod
     def _settings(config: SnellConfig, key: str) -> tuple[Spec, SnellConfig]:
@@ -66,6 +67,9 @@ class SnellModel(TunerModel):
         config: Any = self.peft_config[adapter_name]
         if config.competition == "model":
             self._compete(adapter_name, config.sparsity)
+        elif config.competition == "budget":
+            layers = [layer for _, layer in self._layers(adapter_name)]
+            self._before_forward(adapter_name, BudgetReminder(adapter_name, layers))
         sizes: dict[str, float] = {}
         for name, layer in self._layers(adapter_name):
             spec = layer.snell_spec[adapter_name]
@@ -80,19 +84,22 @@ class SnellModel(TunerModel):
         competition = Competition(adapter_name, layers, sparsity)
         for layer in layers.values():
             layer.snell_competition[adapter_name] = competition
-        hook = self.model.register_forward_pre_hook(competition.before_forward)
-        self.__dict__.setdefault("_competitions", {})[adapter_name] = competition, hook
+        self._before_forward(adapter_name, competition.before_forward)
+
+    def _before_forward(self, adapter_name: str, act: Callable[[nn.Module, Any], None]) -> None:
+        hook = self.model.register_forward_pre_hook(act)
+        self.__dict__.setdefault("_acts", {})[adapter_name] = act, hook
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward. Layers that compete with each other get their thresholds first."""
-        for competition, _ in self.__dict__.get("_competitions", {}).values():
-            competition.refresh()  # PEFT calls model.forward, which runs no hook
+        for act, _ in self.__dict__.get("_acts", {}).values():
+            act(self.model, args)  # PEFT calls model.forward, which runs no hook
         return super().forward(*args, **kwargs)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter."""
         super().delete_adapter(adapter_name)
-        _, hook = self.__dict__.get("_competitions", {}).pop(adapter_name, (None, None))
+        _, hook = self.__dict__.get("_acts", {}).pop(adapter_name, (None, None))
         if hook is not None:
             hook.remove()
 
