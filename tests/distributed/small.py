@@ -28,6 +28,18 @@ def red() -> PeftModel:
     return model(RedConfig(target_modules="all-linear", init_weights=False))
 
 
+def mixture() -> PeftModel:
+    """The same by the kernel function with a softmax, whose three scalars are trained."""
+    settings = {"kernel": "mixture", "gate": "magnitude", "init_weights": False}
+    return model(SnellConfig(r=4, target_modules="all-linear", **settings))
+
+
+def competing() -> PeftModel:
+    """The same with one competition over all layers."""
+    settings = {"competition": "model", "gate": "magnitude", "init_weights": False}
+    return model(SnellConfig(r=4, target_modules="all-linear", **settings))
+
+
 def batch(rank: int = 0, processes: int = 1) -> dict[str, torch.Tensor]:
     """This process's share of one fixed batch."""
     tokens = torch.randint(3, VOCABULARY, (SAMPLES, 9), generator=torch.Generator().manual_seed(5))

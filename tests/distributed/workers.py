@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from peft import PeftModel, get_peft_model
-from small import batch, close, factors, model, optimizer, red, train
+from small import batch, close, competing, factors, mixture, model, optimizer, red, train
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -58,6 +58,14 @@ def red_ddp() -> None:
     ddp(red)
 
 
+def mixture_ddp() -> None:
+    ddp(mixture)
+
+
+def competing_ddp() -> None:
+    ddp(competing)
+
+
 def _sharded(make: Callable[[], PeftModel] = model, **policy) -> PeftModel:
     module = make()
     for layer in module.base_model.model.model.layers:
@@ -92,6 +100,10 @@ def fsdp(make: Callable[[], PeftModel] = model) -> None:
 
 def red_fsdp() -> None:
     fsdp(red)
+
+
+def mixture_fsdp() -> None:
+    fsdp(mixture)
 
 
 def fsdp_mixed_precision() -> None:
@@ -257,6 +269,15 @@ def tensor_parallel() -> None:
             assert torch.equal(p.full_tensor(), merged[key]), key
     module.unmerge_adapter()
     assert all(torch.equal(p.to_local(), before[key]) for key, p in module.named_parameters() if key in before)
+
+
+def mixture_tensor_parallel() -> None:
+    """The softmax of a layer whose rows are split spans the processes."""
+    losses, single = alone(mixture)
+    module = mixture()
+    _parallel(module.base_model.model, ".base_layer")
+    assert_losses(train(module, batch()), losses)
+    close(factors(module), factors(single))
 
 
 def tensor_parallel_before_peft() -> None:
