@@ -265,3 +265,17 @@ def test_embeddings_and_convolutions_take_part(sparse):
         assert sum(kept(model)) == SCHEDULE.kept(step, budget.entries)
         model.zero_grad()
     assert all(score > 0 for score in budget.scores())
+
+
+def test_micro_batches_count_as_the_batch_they_make():
+    base, data = adapted(), batch("bert", 4)
+    scores = []
+    for pieces in (1, 2, 4):
+        model = copy.deepcopy(base).eval()
+        budget = SparsityBudget(model, SCHEDULE)
+        for share in zip(*(column.chunk(pieces) for column in data.values()), strict=True):
+            (model(**dict(zip(data, share, strict=True))).loss / pieces).backward()
+        budget.update()
+        scores.append(torch.tensor(budget.scores()))
+    for others in scores[1:]:
+        torch.testing.assert_close(others, scores[0], rtol=1e-4, atol=0)
