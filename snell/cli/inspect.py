@@ -12,7 +12,8 @@ below 0, and the root mean squares of s - 1 and of the bias c.
 For every layer of an X-PEFT adapter: how many adapters the masks of A and B use (e to the entropy of a soft mask), how
 much of their weight is alike, and how far profiles lie apart.
 
-Writes inspect.json, and for SNELL inspect.png (where survivors lie in the matrices, and how layers compare).
+Writes inspect.json, and for SNELL inspect.png (where survivors lie in the matrices, and how layers compare). For a
+Trainer's checkpoint with a budget it also writes inspect-budget.png: what each layer keeps, step by step.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from snell.cli import inspect_budget
 from snell.cli.adapter import Adapter, read
 from snell.cli.base_weights import BaseWeights
 from snell.cli.inspect_picture import draw
@@ -112,12 +113,18 @@ def report(adapter_dir: Path, base: str | None, out: Path) -> None:
         click.echo(note)
     out.mkdir(parents=True, exist_ok=True)
     draw(out / "inspect.png", f"{adapter.folder}: {_total(rows)}\n{made_of}", rows, grids)
+    written = [out / "inspect.png", out / "inspect.json"]
+    moved = inspect_budget.history(adapter.folder)
+    if moved := [(step, sparsities) for step, sparsities in moved if sparsities.keys() >= adapter.keys.keys()]:
+        written.insert(1, out / "inspect-budget.png")
+        inspect_budget.draw(written[1], f"{adapter.folder}: what each layer keeps", moved, list(adapter.keys))
     frozen = adapter.frozen()
     document = {
         "adapter": str(adapter_dir),
         "base": base,
         "settings": settings,
         "layers": [asdict(row) | {"frozen_at_step": frozen.get(row.name)} for row in rows],
+        "sparsities": [{"step": step, "layers": sparsities} for step, sparsities in moved],
     }
     (out / "inspect.json").write_text(json.dumps(document, indent=1) + "\n")
-    click.echo(f"written: {out / 'inspect.png'}, {out / 'inspect.json'}")
+    click.echo(f"written: {', '.join(map(str, written))}")

@@ -1,6 +1,7 @@
 """Layers compete for the entries that they keep: published averages, exact totals, and what is saved."""
 
 import copy
+import json
 import sys
 import warnings
 from pathlib import Path
@@ -8,12 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from peft import PeftModel, get_peft_model
 
 sys.path.append(str(Path(__file__).parents[1] / "peft"))
 from small_models import batch, build, logits
 from trainer_runs import Samples, losses, run
 
+from snell.cli import main
 from snell.peft import AdaptedLinear, SnellConfig
 from snell.training import BudgetCallback, BudgetSchedule, SparsityBudget
 
@@ -279,3 +282,26 @@ def test_micro_batches_count_as_the_batch_they_make():
         scores.append(torch.tensor(budget.scores()))
     for others in scores[1:]:
         torch.testing.assert_close(others, scores[0], rtol=1e-4, atol=0)
+
+
+def test_inspect_shows_how_a_budget_moved(tmp_path):
+    run(
+        of_budget(),
+        Samples("bert", 12),
+        tmp_path,
+        BudgetCallback(0.5),
+        max_steps=4,
+        save_steps=4,
+        save_strategy="steps",
+    ).train()
+    done = CliRunner().invoke(main, ["inspect", str(tmp_path / "checkpoint-4"), "--out", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    document = json.loads((tmp_path / "out" / "inspect.json").read_text())
+    assert [one["step"] for one in document["sparsities"]] == [0, 1, 2, 3, 4]
+    last = {one["name"]: one["sparsity_asked"] for one in document["layers"]}
+    assert document["sparsities"][-1]["layers"] == last
+    assert (tmp_path / "out" / "inspect-budget.png").stat().st_size > 5000
+    (tmp_path / "checkpoint-4" / "sparsity_budget_0.pt").write_bytes(b"cut")
+    done = CliRunner().invoke(main, ["inspect", str(tmp_path / "checkpoint-4"), "--out", str(tmp_path / "again")])
+    assert done.exit_code == 0, done.output
+    assert not (tmp_path / "again" / "inspect-budget.png").exists()
