@@ -75,6 +75,11 @@ OPTIONS: dict[str, tuple[Decorator, ...]] = {
         _one("--profiles", _COUNT, 64, "Profiles that are trained together."),
         _REPETITIONS,
     ),
+    "competition": (
+        _several("--model", click.Choice(("vit-b", "llama-7b")), _ALL),
+        _one("--rank", _COUNT, 32, "Columns of the factors."),
+        _REPETITIONS,
+    ),
     "operations": (_one("--repetitions", _COUNT, 11, "Timed runs of each."),),
     "growth": (_WHERE, _seconds(6.0, "point")),
     "freezing": (

@@ -33,6 +33,7 @@ BENCHMARKS = {
         "models": (f"{_EXPERIMENTS}.models", "A whole training step through PEFT, compared with other methods."),
         "red": (f"{_EXPERIMENTS}.red", "A whole training step of RED, compared with (IA)^3 and LoRA."),
         "profiles": (f"{_EXPERIMENTS}.profiles", "X-PEFT: masks over a bank, many profiles in a step, a switch."),
+        "competition": (f"{_EXPERIMENTS}.competition", "One threshold for a whole model, and a budget beside a step."),
         "operations": (f"{_EXPERIMENTS}.operations", "A layer's operations on a CPU, compared with a copy and a GEMM."),
         "growth": (f"{_EXPERIMENTS}.growth", "How time and memory grow, compared with the cost model."),
         "freezing": (
