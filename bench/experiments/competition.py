@@ -16,13 +16,12 @@ from typing import Any
 
 import torch
 
-from snell import backends
+from snell import backends, initial
 from snell.bench.clock import median_ratio, take_turns
 from snell.bench.contenders import SPARSITY, quiet_libraries
-from snell.bench.memory import step_peaks
+from snell.bench.memory import extra_peak_bytes, freed_memory_given_back
 from snell.bench.report import Columns, Document, made_by, table
 from snell.bench.workloads import Training, Workload, vit_b
-from snell.initial import draw
 from snell.peft.snell.competition import thresholds
 from snell.spec import Spec
 from snell.training import BudgetSchedule, SparsityBudget
@@ -43,7 +42,7 @@ def _layers(shapes: Sequence[tuple[int, int]], rank: int) -> list[Parameters]:
     spec, found = Spec(rank, SPARSITY), []
     for m, n in shapes:
         A, B, theta = torch.empty(n, rank), torch.empty(m, rank), torch.empty(spec.num_theta)
-        draw(A, B, theta, spec, 1.0)
+        initial.draw(A, B, theta, spec, 1.0)
         found.append((A, B, theta, spec))
     return found
 
@@ -59,8 +58,10 @@ def compete(shapes: Sequence[tuple[int, int]], rank: int, repetitions: int) -> d
     def together() -> None:
         thresholds(layers, SPARSITY)
 
-    memory = step_peaks(together, "cpu")
     alone()
+    together()
+    with freed_memory_given_back():
+        memory = extra_peak_bytes(together, "cpu")
     seconds = take_turns({"alone": alone, "together": together}, "cpu", repetitions)
     medians = {name: statistics.median(taken) for name, taken in seconds.items()}
     ratio = median_ratio(seconds["together"], seconds["alone"])
@@ -69,7 +70,8 @@ def compete(shapes: Sequence[tuple[int, int]], rank: int, repetitions: int) -> d
         "entries": sum(m * n for m, n in shapes),
         "seconds": medians,
         "ratio": ratio,
-    } | memory
+        "extra_peak_bytes": memory,
+    }
 
 
 def budget(workload: Workload, rank: int, repetitions: int) -> dict[str, float]:
@@ -106,12 +108,7 @@ COLUMNS: Columns = [
     ("each layer by itself", "{seconds[alone]:s}"),
     ("together", "{seconds[together]:s}"),
     ("ratio", "{ratio:.2f}"),
-    (
-        "extra memory",
-        lambda row: (
-            "-" if row["resident_extra_peak_bytes"] is None else f"{row['resident_extra_peak_bytes'] / 2**20:.0f} MiB"
-        ),
-    ),
+    ("extra memory", "{extra_peak_bytes:size}"),
 ]
 
 
