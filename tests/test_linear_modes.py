@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from layers import draw, factors
 from snell import competition
+from snell.dispatch import nothing_listens
 
 
 def test_eval_train_no_grad_and_inference_mode_give_the_same_bits(backend):
@@ -210,3 +211,15 @@ def test_a_trace_holds_the_operations():
         traced = torch.jit.trace(layer, torch.randn(3, 14), check_trace=False)
         assert "snell::linear" in str(traced.inlined_graph)
         assert traced(x).equal(layer(x))
+
+
+class _Subclass(torch.Tensor):
+    """A tensor whose class may want to see the operations."""
+
+
+def test_only_plain_tensors_that_nothing_watches_skip_the_dispatcher():
+    plain = torch.zeros(2)
+    assert nothing_listens(plain)
+    assert nothing_listens(nn.Parameter(plain))
+    assert not nothing_listens(plain.to("meta"))
+    assert not nothing_listens(plain.as_subclass(_Subclass))

@@ -368,3 +368,13 @@ def test_values_that_are_not_finite_do_not_load():
     state["repr_bias.default.weight"][2] = float("inf")
     with pytest.raises(RuntimeError, match=r"repr_bias\.default\.weight holds NaN or infinite values"):
         layer.load_state_dict(state)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_an_edit_added_to_a_layer_trains_unless_it_is_for_inference(inference):
+    layer = edit(no_bias())
+    layer.update_layer("second", RedConfig(init_weights=False, inference_mode=inference))
+    layer.set_adapter(["default"])
+    layer.update_layer("default", RedConfig(init_weights=False, inference_mode=inference))
+    assert [vector.requires_grad for vector in vectors(layer)] == [not inference] * 2
+    assert [vector.requires_grad for vector in vectors(layer, "second")] == [False] * 2

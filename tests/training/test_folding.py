@@ -12,6 +12,7 @@ from tuned import TUNERS, adamw, freezing, step, tuned
 
 from snell.functional import dense
 from snell.peft import AdaptedLinear
+from snell.training.folding import can_fold
 
 
 def folded(tuner="snell", name="llama", model=None):
@@ -187,3 +188,21 @@ def test_convolutions_and_embeddings_freeze_and_fold_too():
     torch.testing.assert_close(model(*inputs), expected, rtol=1e-4, atol=1e-5)
     frozen.unfold()
     assert_equal(dict(model.state_dict()), before)
+
+
+class _Packed(nn.Parameter):
+    """A parameter whose class gives its numbers another meaning, as quantised ones do."""
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [_Packed(torch.ones(3, 4), requires_grad=False), nn.Parameter(torch.ones(3, 4).char(), requires_grad=False)],
+)
+def test_only_plain_float_weights_can_be_folded(weight):
+    base = nn.Sequential(nn.Linear(4, 3))
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["0"]))
+    layer = model.base_model.model[0]
+    assert can_fold(layer, model)
+    layer.base_layer.weight = weight
+    assert type(layer.base_layer.weight) is type(weight)
+    assert not can_fold(layer, model)
