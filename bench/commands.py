@@ -56,7 +56,11 @@ _ALL = "May be repeated; all unless given."
 
 OPTIONS: dict[str, tuple[Decorator, ...]] = {
     "demo": (),
-    "layer": (_WHERE, _seconds(20.0, "case")),
+    "layer": (
+        _WHERE,
+        _seconds(20.0, "case"),
+        _one("--runs", _COUNT, 1, "Runs in processes of their own; tables then show medians and ranges."),
+    ),
     "models": (
         _WHERE,
         _several("--model", click.Choice(MODELS), _ALL),

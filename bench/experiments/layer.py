@@ -1,9 +1,10 @@
 """Forward and backward of one layer: SNELL beside the floor, its peers and the published algorithm.
 
-    snell bench layer [--device cuda]
+    snell bench layer [--device cuda] [--runs 3]
 
 All methods of a case run in one process and take turns; figures are medians. A method that takes several times the
-others' time has fewer turns. Threads are torch's.
+others' time has fewer turns. Threads are torch's. With several runs, each in a process of its own, figures are medians
+over them, and times have their range.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from snell.bench.clock import Step, median_ratio, seconds_of, take_turns, turns_
 from snell.bench.contenders import RANK, SPARSITY, one_layer, quiet_libraries
 from snell.bench.names import METHODS
 from snell.bench.report import Cell, Columns, Document, Panel, dots, made_by, picture, raised, table
+from snell.bench.runs import spread, together
 
 #: in_features, out_features, tokens.
 SHAPES = {
@@ -111,8 +113,11 @@ def measure_case(case: Case, budget: float) -> dict[str, Any]:
     return {**sizes, "methods": methods}
 
 
-def measure(device: str, seconds: float, cases: Sequence[Case] | None = None) -> dict[str, Any]:
+def measure(device: str, seconds: float, cases: Sequence[Case] | None = None, runs: int = 1) -> dict[str, Any]:
     """All cases of the device."""
+    if runs > 1:
+        found = together(runs, "bench", "layer", "--device", device, "--seconds", str(seconds))
+        return {"file": f"layer-{device}", "settings": {**found["settings"], "runs": runs}, "cases": found["cases"]}
     quiet_libraries()
     torch.manual_seed(0)
     dtypes = torch.float32, torch.bfloat16
@@ -142,9 +147,9 @@ COLUMNS: Columns = [
     *_CASE,
     ("floor", "{methods[floor][seconds]:ms}"),
     ("SNELL", _of("snell", "{seconds:ms}")),
-    ("of the floor", "{methods[snell][ratio_to_floor]:.2f}"),
+    ("of the floor", lambda case: spread(case["methods"]["snell"], "ratio_to_floor")),
     ("PEFT LoRA", _of("lora", "{seconds:ms}")),
-    ("of LoRA", "{methods[lora][snell_over_it]:.2f}"),
+    ("of LoRA", lambda case: spread(case["methods"]["lora"], "snell_over_it")),
     ("published", _of("published", "{seconds:ms}")),
     ("faster than published", _of("published", lambda entry: f"{1 / entry['snell_over_it']:.1f} x")),
     ("extra memory: SNELL, LoRA, published", _for_three("extra_peak_bytes")),
@@ -156,7 +161,7 @@ COLUMNS: Columns = [
 MIXTURE: Columns = [
     *_CASE,
     ("mixture", _of("mixture", "{seconds:ms}")),
-    ("of the floor", _of("mixture", "{ratio_to_floor:.2f}")),
+    ("of the floor", _of("mixture", lambda entry: spread(entry, "ratio_to_floor"))),
     ("published SNELLA", _of("published-mixture", "{seconds:ms}")),
     ("of the floor", _of("published-mixture", "{ratio_to_floor:.2f}")),
     (
