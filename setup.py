@@ -29,6 +29,7 @@ SIMD_SOURCES = [f"csrc/cpu/{name}.cpp" for name in ("merge", "select", "factor_g
 FLAGS = ["-std=c++17", "-O3", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=off", "-Wall", "-g0"]
 FLAGS += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # GCC's own AVX-512 header trips them
 
+CUDA = "snell._cuda"
 CUDA_SOURCES = ["csrc/cuda/select.cu"]
 CUDA_ARCHITECTURES = (80, 90, 100)
 CUDA_FLAGS = ["-std=c++17", "-O3", "-shared", "-cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads=0"]
@@ -97,10 +98,12 @@ class BuildNative(build_ext):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         if os.path.exists(path):
             os.remove(path)  # an earlier build's, which nvcc would leave where it fails
-        command = ["nvcc", *CUDA_FLAGS, *targets, *ext.sources, "-o", path]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if not known or done.returncode:
-            why = done.stderr.strip() if known else f"it knows none of compute_{CUDA_ARCHITECTURES}"
+        why = "" if known else f"it knows none of the architectures {CUDA_ARCHITECTURES}"
+        if known:
+            command = ["nvcc", *CUDA_FLAGS, *targets, *ext.sources, "-o", path]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            why = done.stderr.strip() or f"exit status {done.returncode}" if done.returncode else ""
+        if why:
             print(f"warning: snell without its CUDA library: nvcc failed: {why}", file=sys.stderr)
 
     def _accepts(self, flags):
@@ -130,9 +133,6 @@ def packages():
     for package, folder in FOLDERS.items():
         yield package
         yield from (f"{package}.{name}" for name in find_packages(folder))
-
-
-CUDA = "snell._cuda"
 
 
 def extensions():

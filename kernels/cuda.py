@@ -66,11 +66,11 @@ def problem() -> str | None:
     return _problem
 
 
-def serves(device: torch.device) -> bool:
-    """Whether the library selects for tensors of ``device``: it is loaded, switched on, and the device is a GPU."""
+def serves(device: torch.device, kernel: str) -> bool:
+    """Whether the library selects by this kernel function for tensors of ``device``, a GPU: it is loaded and on."""
     # The tests' library runs the same kernels on the CPU.
     emulated = hasattr(_library, "snell_emulate")
-    return _enabled and _library is not None and device.type == ("cpu" if emulated else "cuda")
+    return _enabled and kernel in KERNELS and _library is not None and device.type == ("cpu" if emulated else "cuda")
 
 
 @contextmanager

@@ -162,7 +162,7 @@ def _select(layers: Sequence[Parameters], plan: _Plan, smooth_max: Tensor | None
         parts = [split.split(A, B, spec) for A, B, _, spec in layers]
         halves = torch.cat([t for of_A, of_B, _ in parts for t in (of_A, of_B)]), torch.cat([one[2] for one in parts])
     stride = factors.stride(0)
-    if halves is None and cuda.serves(device):
+    if halves is None and cuda.serves(device, spec.kernel):
         cuda.select(
             device,
             **plan._asdict(),

@@ -142,6 +142,19 @@ def test_the_cuda_library_is_built_by_an_nvcc_that_works(unpacked: Path, tmp_pat
     assert ("without its CUDA library: nvcc failed: no host compiler" in output) == (not works)
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the native library is built on Linux only")
+def test_an_nvcc_that_knows_none_of_the_architectures_is_not_asked_to_build(unpacked: Path, tmp_path: Path) -> None:
+    compiler = _compiler(tmp_path / "c++", 'while [ $# -gt 0 ]; do [ "$1" = -o ] && : > "$2"; shift; done')
+    _compiler(
+        tmp_path / "nvcc", f'case "$1" in --list-gpu-arch) echo compute_75;; *) echo "$@" >> {tmp_path}/calls;; esac'
+    )
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    _, members, output = _wheel(unpacked, tmp_path, CXX=compiler, PATH=path)
+    assert "snell/_cuda.so" not in members
+    assert not (tmp_path / "calls").exists()
+    assert "without its CUDA library: nvcc failed: it knows none of the architectures (80, 90, 100)" in output
+
+
 def test_one_python_version_is_asked_for() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
     (oldest,) = re.findall(r"^>=(3\.\d+)$", settings["project"]["requires-python"])

@@ -30,7 +30,7 @@ from snell.update import Parameters
 
 def _blocks(count: int, width: int, inner: int, wide: int) -> list[tuple[int, int]]:
     """``(m, n)`` of the layers: four of attention, ``wide`` to the inner width and one back."""
-    return count * [*(4 * [(width, width)]), *(wide * [(inner, width)]), (width, inner)]
+    return count * (4 * [(width, width)] + wide * [(inner, width)] + [(width, inner)])
 
 
 #: Shapes of all adapted layers.

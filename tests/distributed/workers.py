@@ -271,13 +271,19 @@ def tensor_parallel() -> None:
     assert all(torch.equal(p.to_local(), before[key]) for key, p in module.named_parameters() if key in before)
 
 
-def mixture_tensor_parallel() -> None:
-    """The softmax of a layer whose rows are split spans the processes."""
-    losses, single = alone(mixture)
-    module = mixture()
+def _trained_in_parallel(make: Callable[[], PeftModel]) -> tuple[PeftModel, PeftModel]:
+    """The model split over the processes and the whole one, trained alike."""
+    losses, single = alone(make)
+    module = make()
     _parallel(module.base_model.model, ".base_layer")
     assert_losses(train(module, batch()), losses)
     close(factors(module), factors(single))
+    return module, single
+
+
+def mixture_tensor_parallel() -> None:
+    """The softmax of a layer whose rows are split spans the processes."""
+    _trained_in_parallel(mixture)
 
 
 def tensor_parallel_before_peft() -> None:
@@ -318,11 +324,7 @@ def identity_start() -> None:
 
 
 def red_tensor_parallel() -> None:
-    losses, single = alone(red)
-    module = red()
-    _parallel(module.base_model.model, ".base_layer")
-    assert_losses(train(module, batch()), losses)
-    close(factors(module), factors(single))
+    module, single = _trained_in_parallel(red)
 
     # Merged, each process holds its piece of the merged weight, and of a bias that there was not.
     module.load_state_dict({**module.state_dict(), **factors(single)})

@@ -56,6 +56,14 @@ def test_it_is_this_library_that_selects():
     assert "count_kernel" not in launched
 
 
+def test_a_kernel_function_that_the_library_lacks_is_tritons(monkeypatch):
+    monkeypatch.setattr(cuda, "KERNELS", ("linear",))
+    layer = parameters(20, 30)
+    with recorded() as launched:
+        assert select_thresholds([layer])[0] == exact(layer)
+    assert "count_kernel" in launched
+
+
 @pytest.mark.parametrize("kernel, groups", [("linear", 1), ("sigmoid", 1), ("rbf", 1), ("piecewise_linear", 3)])
 @pytest.mark.parametrize("m, n, per_group", [(1, 1, 1), (64, 64, 32), (65, 63, 33), (3, 200, 70), (130, 5, 2)])
 def test_tau_has_the_bits_of_tritons_at_every_edge_of_a_tile(kernel, groups, m, n, per_group):
